@@ -181,7 +181,7 @@ class KeyFile:
             raise self._missing() from None
         except OSError as refused:
             raise KeyFileError(f"cannot open the key file {self._path}: {refused.strerror}") from refused
-        with open(fd, "rb") as file:
+        try:
             # Asked of the open file, not of the path: what is checked is what is read.
             found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode):
@@ -192,7 +192,10 @@ class KeyFile:
                     f"the key file {self._path} can be used by other accounts (mode {mode:04o}): "
                     f"run `chmod 600 {self._path}`, and rotate the root key if somebody may have read it"
                 )
-            raw = file.read(KEY_FILE_BYTES_MAX + 1)
+            with open(fd, "rb", closefd=False) as file:
+                raw = file.read(KEY_FILE_BYTES_MAX + 1)
+        finally:
+            os.close(fd)
         if len(raw) > KEY_FILE_BYTES_MAX:
             raise KeyFileError(
                 f"the key file {self._path} is larger than {KEY_FILE_BYTES_MAX} bytes: is it the right one?"

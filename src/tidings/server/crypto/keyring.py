@@ -39,10 +39,10 @@ STREAM_CIPHERS_MAX = 20_000
 
 # Every box begins with the format (one byte) and the version of the key that sealed it (two bytes, big-endian).
 _HEADER = struct.Struct(">BH")
-_FORMAT_STREAM = 1  # header, 12-byte nonce, ciphertext and tag: directly under the stream key
-_FORMAT_DERIVED = (
-    2  # header, 12-byte salt, 12-byte nonce, ciphertext and tag: under a key derived from salt and app key
-)
+# Then, directly under the stream key: 12-byte nonce, ciphertext and tag.
+_FORMAT_STREAM = 1
+# Then, under a key derived from app key and salt: 12-byte salt, 12-byte nonce, ciphertext and tag.
+_FORMAT_DERIVED = 2
 
 # Two bytes in every header; a rotation every day would take 179 years to get here.
 KEY_VERSION_MAX = 0xFFFF
