@@ -42,6 +42,11 @@ class Stale(Exception):
 class Tx(Protocol):
     """One transaction. Placeholders are `?`; rows are tuples."""
 
+    @property
+    def for_update(self) -> str:
+        """What to put behind a SELECT whose rows decide a write: ` FOR UPDATE`, or nothing where writers queue."""
+        ...
+
     async def all(self, sql: str, *args: Any) -> list[Row]:
         """Every row of the query."""
         ...

@@ -45,6 +45,8 @@ class SqliteTx:
     """One transaction on one connection. Its methods never suspend, so a unit runs through in one go."""
 
     __slots__ = ("_execute", "_executemany")
+    # One writer at a time, by SQLite's write lock.
+    for_update = ""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._execute = connection.execute

@@ -215,6 +215,7 @@ streams = Table(
     _int("access_version", default="1"),
     _blob("key_wrapped", null=True),
     _int("key_version", null=True),
+    _int("key_app_version", null=True),
     Index("streams_ref", "app", "kind", "ref", unique=True),
     Index("streams_moved", "app", "moved_at"),
 )
