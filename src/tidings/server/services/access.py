@@ -169,7 +169,10 @@ class AccessService:
             access = await self.channel(actor, channel_id, need)
 
             async def guarded(tx: Tx, access: Access = access) -> Change[T]:
-                row = await tx.one("SELECT access_version FROM streams WHERE sid=?" + tx.for_update, access.channel.sid)
+                row = await tx.one(
+                    "SELECT access_version FROM streams WHERE sid=?" + tx.for_update,  # noqa: S608 - constants
+                    access.channel.sid,
+                )
                 if row is None or row[0] != access.channel.access_version:
                     raise Stale
                 return await unit(tx, access)

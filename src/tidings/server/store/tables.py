@@ -288,6 +288,16 @@ events = Table(
     PrimaryKeyConstraint("app", "sid", "seq"),
     sqlite_with_rowid=False,
 )
+# A message's later versions: few rows, found when it is edited, deleted or looked into.
+Index(
+    "events_versions",
+    events.c.app,
+    events.c.sid,
+    events.c.ref,
+    events.c.seq,
+    sqlite_where=events.c.type == "message.updated",
+    postgresql_where=events.c.type == "message.updated",
+)
 
 messages = Table(
     "messages",
