@@ -315,7 +315,8 @@ class Messages:
                 data=data,
             )
             await tx.execute(
-                "UPDATE messages SET content_seq=?, edits=edits+1, edited_at=?, edited_by=? WHERE app=? AND sid=? AND seq=?",
+                "UPDATE messages SET content_seq=?, edits=edits+1, edited_at=?, edited_by=?"
+                " WHERE app=? AND sid=? AND seq=?",
                 published.seq,
                 now,
                 actor.user,
@@ -600,7 +601,8 @@ class Messages:
         found: dict[int, list[Reaction]] = {}
         for seq, emoji, count, _ in counts:
             users = await tx.all(
-                "SELECT user FROM reactions WHERE app=? AND sid=? AND message_seq=? AND emoji=? ORDER BY at, user LIMIT ?",
+                "SELECT user FROM reactions WHERE app=? AND sid=? AND message_seq=? AND emoji=?"
+                " ORDER BY at, user LIMIT ?",
                 access.channel.app,
                 access.channel.sid,
                 seq,
