@@ -80,7 +80,10 @@ def check_url(url: str, policy: OutboundPolicy) -> httpx.URL:
         host, literal = canonical_host(parsed.raw_host.decode("ascii"))
     except ValueError:
         raise OutboundRefused("the host is neither a DNS name nor a plain IP address") from None
-    port = parsed.port or (443 if parsed.scheme == "https" else 80)
+    # httpx takes any digits for a port and leaves the default one out.
+    port = (443 if parsed.scheme == "https" else 80) if parsed.port is None else parsed.port
+    if not 1 <= port <= 65535:
+        raise OutboundRefused("the port is not between 1 and 65535")
     if literal is not None:
         reason = refusal(literal, host=host, port=port, policy=policy)
         if reason is not None:

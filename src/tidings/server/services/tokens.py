@@ -1,8 +1,7 @@
 """Users' tokens: JWTs that an app's own identity system signs, verified here and, for development, minted.
 
 PyJWT does the cryptography and parses the keys. Reading the token is ours, because PyJWT (2.15) is laxer than a door
-should be: it takes padded base64, duplicate members, any `typ`, `exp` as text; it asks an app whose keys have different
-algorithms for one list of all of them; and it costs about three times as much.
+should be (padded base64, duplicate members, any `typ`, dates as text) and costs more than twice as much.
 
 How a key is chosen:
 
