@@ -1,0 +1,1 @@
+"""HTTP by noun: decode, authenticate, call one use-case, encode."""
