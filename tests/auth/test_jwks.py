@@ -220,7 +220,7 @@ async def test_a_provider_that_drips_is_given_up(
         while True:
             writer.write(b" ")
             await writer.drain()
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.02)  # why: the pace of the drip, nobody waits for it
 
     provider.stub.drip = drip
     async with asyncio.timeout(5):
