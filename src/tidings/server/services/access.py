@@ -101,6 +101,7 @@ class Access:
             raise NotFound("channel", field="channel")
 
     def may(self, need: Permission) -> bool:
+        """Whether `need` is granted here."""
         return bool(self.grants & bit(need))
 
     @property
