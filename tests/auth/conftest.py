@@ -19,7 +19,7 @@ NOW = 1_790_000_000_000
 class FrozenClock:
     at: int = NOW
 
-    def now(self) -> int:
+    def now_ms(self) -> int:
         return self.at
 
 

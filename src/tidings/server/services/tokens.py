@@ -76,7 +76,7 @@ _RESERVED_CLAIMS: Final = frozenset({"sub", "iat", "exp", "nbf", "jti", "app", "
 class Clock(Protocol):
     """Milliseconds since the epoch, UTC."""
 
-    def now(self) -> int: ...
+    def now_ms(self) -> int: ...
 
 
 class TokenRefused(Exception):
@@ -169,7 +169,7 @@ class TokenVerifier:
         if len(token) > TOKEN_BYTES_MAX:
             raise TokenRefused("token_too_large", f"a token has at most {TOKEN_BYTES_MAX} bytes")
         raw = _ascii(token)
-        now = self._clock.now()
+        now = self._clock.now_ms()
         keyring = self._keyring(app)
         digest = hashlib.sha256(raw).digest()
         known = self._known.get(digest)
