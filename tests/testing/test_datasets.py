@@ -1,4 +1,4 @@
-"""The readers understand invented samples of both formats, and the real collections have the sizes their README states."""
+"""The readers understand invented samples of both formats; the real collections have the sizes they state."""
 
 import pytest
 
@@ -6,7 +6,10 @@ from tidings.testing import datasets
 
 needs_data = pytest.mark.skipif(not datasets.available(), reason=datasets.skip_reason())
 
-CLINIC_SAMPLE = "Doctor: How is the knee?\r\nPatient: Better.\r\nIt still clicks.\r\n\r\nGest_family: He limps: badly.\nDocotr_2: I see."
+CLINIC_SAMPLE = (
+    "Doctor: How is the knee?\r\nPatient: Better.\r\nIt still clicks.\r\n\r\n"
+    "Gest_family: He limps: badly.\nDocotr_2: I see."
+)
 IRC_SAMPLE = """\
 [09:00] <ann> who knows about printers?
 === ben [~ben@host.example]  has joined #help

@@ -54,7 +54,7 @@ class DatasetMissing(Exception):
 
 
 class Turn(msgspec.Struct, frozen=True):
-    """One person's turn. `speaker` is `doctor`, `patient`, `guest_family`, `guest_clinician` …, a number behind a second one."""
+    """One person's turn. `speaker`: `doctor`, `patient`, `guest_family`, `guest_clinician`, `doctor_2` …"""
 
     speaker: str
     text: str
