@@ -53,9 +53,10 @@ def test_each_outcome_is_recorded_and_an_exception_is_an_unknown_one() -> None:
 
 def test_an_outcome_that_was_recorded_stays_although_the_block_fails_later() -> None:
     recorder = Recorder()
-    with pytest.raises(ValueError), recorder.operation("p", SEND) as operation:
-        operation.ok(message_id="m", seq=1)
-        raise ValueError
+    operations = recorder.operation("p", SEND)
+    operations.__enter__().ok(message_id="m", seq=1)
+    error = ValueError()
+    assert not operations.__exit__(ValueError, error, None)
     assert [type(entry) for entry in recorder.entries] == [Invoke, Ok]
 
 
