@@ -428,6 +428,12 @@ def test_every_kind_has_a_plant() -> None:
     assert {kind for kind, _ in PLANTS} == set(KINDS)
 
 
+@pytest.mark.parametrize(("seqs", "kind"), [((1, 3), "gap"), ((2,), "gap"), ((1, 1), "reordered"), ((1, 3, 2), "gap")])
+def test_a_log_that_is_not_numbered_from_one_is_found_without_any_device(seqs: tuple[int, ...], kind: str) -> None:
+    verdict = check([FinalLog(CHANNEL, EPOCH, tuple(LogEvent(seq, "channel.updated") for seq in seqs))])
+    assert kind in verdict.broken
+
+
 def test_a_write_of_a_rolled_back_epoch_is_not_lost() -> None:
     world = World(1)
     world.send("u0")

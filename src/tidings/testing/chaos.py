@@ -272,7 +272,6 @@ class ChaosProxy:
 
     async def _receive(self, link: _Link, flow: _Flow) -> None:
         loop = asyncio.get_running_loop()
-        due = 0.0
         while True:
             chunk = await flow.reader.read(CHUNK_BYTES)
             dropping = False
@@ -287,8 +286,8 @@ class ChaosProxy:
                         return
                     continue
             faults = self._faults
-            # Never before the chunk in front of it: jitter delays, TCP keeps the order.
-            due = max(due, loop.time() + faults.latency_s + self._random.uniform(0, faults.jitter_s))
+            # Jitter only ever delays: `held` is a queue, so no chunk overtakes the one in front of it.
+            due = loop.time() + faults.latency_s + self._random.uniform(0, faults.jitter_s)
             await flow.held.put((due, chunk, dropping))
             if not chunk:
                 return
