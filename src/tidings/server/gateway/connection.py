@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from tidings.server.bus.base import Revoked
 from tidings.server.errors import Refusal
 from tidings.server.services.access import Actor
+from tidings.server.services.auth import Authenticated
 from tidings.server.services.messages import Draft
 from tidings.server.store.base import Appended, Stale
 from tidings.server.telemetry import get_logger
@@ -50,8 +51,10 @@ class Connection(Peer):
         "_stale_actor",
         "actor",
         "address",
+        "ended",
         "entering",
         "gateway",
+        "granted",
         "header_token",
         "last_mark",
         "left_while_entering",
@@ -69,7 +72,9 @@ class Connection(Peer):
         # From the `Authorization` header of the upgrade; the first frame may then leave the token out.
         self.header_token = header_token
         self.session = Session(gateway.session_limits, gateway.clock.monotonic())
+        self.granted: Authenticated | None = None
         self.actor: Actor | None = None
+        self.ended = False
         self.entering = False
         self.left_while_entering: set[int] = set()
         self.transport_paused = False
@@ -188,11 +193,11 @@ class Connection(Peer):
         except Exception as error:
             self._answered()
             log.error("command_failed", command=type(command).__name__, session=self.id, exc_info=error)
-            refusal = Refusal("internal", "Something went wrong on our side; it has been logged.")
+            internal = Refusal("internal", "Something went wrong on our side; it has been logged.")
             if isinstance(command, Connect):
-                self.close(refusal, ref)
+                self.close(internal, ref)
             else:
-                self.refuse(refusal, ref)
+                self.refuse(internal, ref)
         else:
             self._answered()
             if reply is not None and ref is not None:
@@ -235,11 +240,12 @@ class Connection(Peer):
                 self.refuse(Refusal("internal", "Something went wrong on our side; it has been logged."), ref)
 
         try:
-            return self.gateway.messages.send_now(actor, channel, draft_of(command), command.key, done)
+            taken: bool = self.gateway.messages.send_now(actor, channel, draft_of(command), command.key, done)
         except Refusal as refusal:
             self.session.answered()
             self.refuse(refusal, ref)
             return True
+        return taken
 
     def _pong(self, ref: int | None) -> bool:
         self.session.answered()
@@ -259,9 +265,10 @@ class Connection(Peer):
             self.gateway.done(self, command.ref)
 
     async def _refresh(self) -> None:
-        assert self.actor is not None
+        assert self.granted is not None
         self._stale_actor = False
-        self.actor = await self.gateway.refresh(self.actor)
+        self.granted = await self.gateway.services.auth.recheck(self.granted)
+        self.actor = self.granted.actor
 
     # ------------------------------------------------------------ to the transport
 
@@ -276,6 +283,9 @@ class Connection(Peer):
 
     def close(self, refusal: Refusal, ref: int | None = None) -> None:
         """Say why, then end the connection with the refusal's close code."""
+        if self.ended:
+            return
+        self.ended = True
         self.session.closed()
         self.gateway.hub.push(self, render_error(refusal, ref))
         self.gateway.hub.flush()
@@ -309,6 +319,8 @@ class Connection(Peer):
 
     def revoked(self, notice: Revoked) -> None:
         session = self.session
+        if session.state is State.CLOSED:
+            return
         if notice.device is not None and notice.device != self.device:
             return
         if notice.jti is not None and notice.jti != session.jti:

@@ -16,6 +16,7 @@ from tidings.server.domain.permissions import Permission
 from tidings.server.errors import NotFound, Refusal
 from tidings.server.services import Services
 from tidings.server.services.access import Actor
+from tidings.server.services.apps import AppContext
 from tidings.server.services.messages import Edit
 from tidings.server.services.sync import OWN_STREAM, StreamHandle, check_position
 from tidings.server.tasks import Tasks
@@ -31,6 +32,7 @@ from tidings.wire.commands import (
     Connect,
     Connected,
     DeleteMessage,
+    DeviceInfo,
     Done,
     EditMessage,
     GoingAway,
@@ -61,7 +63,7 @@ from tidings.wire.ids import time_of
 from tidings.wire.resources import Head
 
 from .connection import Connection, draft_of
-from .hub import Hub, Stream
+from .hub import Hub
 from .presence import PresenceBoard
 from .session import SessionLimits, State
 
@@ -77,8 +79,8 @@ TICK_SECONDS: Final = 0.5
 TYPING_SECONDS: Final = 2.0
 TYPING_SHOWN_MS: Final = 6_000
 # How often what idle streams should hold is compared with the store, seconds.
-RECHECK_SECONDS: Final = 5.0
-SEEN_SECONDS: Final = 5.0
+RECHECK_SECONDS: Final = 1.0
+SEEN_SECONDS: Final = 1.0
 
 
 class HistoryPage(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, tag_field="type", tag="history"):
@@ -124,6 +126,8 @@ class Gateway:
         self.by_address: dict[str, int] = {}
         self.draining = False
         self._catch_ups = asyncio.Semaphore(CATCH_UPS_MAX)
+        # Devices that connected since they were last written.
+        self._devices: dict[tuple[int, str, str], tuple[AppContext, DeviceInfo]] = {}
         self._seen_devices: dict[tuple[int, str, str], Connection] = {}
         self.session_limits = SessionLimits(
             auth_timeout_seconds=config.auth_timeout_seconds,
@@ -194,12 +198,11 @@ class Gateway:
         self.hub.recheck(await self.sync.heads_of(sids))
 
     async def _still_welcome(self, connection: Connection) -> None:
-        if connection.actor is None:
+        if connection.granted is None:
             return
         try:
-            connection.actor = await self.services.auth.recheck(
-                connection.actor, issued_at_ms=connection.session.issued_at_ms, jti=connection.session.jti
-            )
+            connection.granted = await self.services.auth.recheck(connection.granted)
+            connection.actor = connection.granted.actor
         except Refusal as refusal:
             if refusal.code != "unavailable":
                 connection.close(refusal)
@@ -255,11 +258,11 @@ class Gateway:
 
     def counted_close(self, code: str) -> None:
         """A connection was closed by us, for this reason."""
-        self.metrics.closed.labels(code).inc()
+        self.metrics.closes.labels(code).inc()
 
     def _flushed(self, peers: int, frames: int) -> None:
         if peers:
-            self.metrics.flushes.observe(frames / peers)
+            self.metrics.flush_frames.observe(frames / peers)
 
     # ------------------------------------------------------------ connect
 
@@ -282,10 +285,10 @@ class Gateway:
                 "A connection is a user's: connect with a user's token, not an API key.",
                 field="token",
             )
-        await self.services.users.register_device(actor.app, actor.user, device)
-        if connection.session.state is State.CLOSED:
+        if connection.ended:
             return
-        connection.actor = actor
+        self._devices[(actor.app.app, actor.user, device.id)] = (actor.app, device)
+        connection.granted, connection.actor = granted, actor
         connection.app, connection.user, connection.device = actor.app.app, actor.user, device.id
         # From here on the hub tells us what changes; what it sends waits until the snapshot is in place.
         connection.entering = connection.paused = True
@@ -296,7 +299,7 @@ class Gateway:
             self.hub.exit(connection)
             connection.user = ""
             raise
-        if connection.session.state is State.CLOSED:
+        if connection.ended:
             return
         connection.session.connected(
             self.clock.monotonic(),
@@ -381,10 +384,6 @@ class Gateway:
         if expires_at_ms is None:
             return None
         return self.clock.monotonic() + (expires_at_ms - self.clock.now_ms()) / 1000
-
-    async def refresh(self, actor: Actor) -> Actor:
-        """The actor with what they may do now. Raises Refusal when they may do nothing any more."""
-        return await self.services.auth.refresh(actor)
 
     # ------------------------------------------------------------ catching up
 
@@ -584,7 +583,7 @@ class Gateway:
             raise Refusal(
                 "token_claims", "The token is another user's: open another connection for them.", field="token"
             )
-        connection.actor = fresh
+        connection.granted, connection.actor = granted, fresh
         connection.session.authorised(
             expires_at=self._expiry(granted.expires_at_ms), issued_at_ms=granted.issued_at_ms, jti=granted.jti
         )
@@ -669,9 +668,14 @@ class Gateway:
             await self._write_seen_once()
 
     async def _write_seen_once(self) -> None:
+        """Devices that connected and users that were there, in one batch: a reconnect storm costs a few commits."""
         seen = self.presence.take_seen()
-        if seen:
-            try:
-                await self.services.users.record_seen([(app, user, at) for (app, user), at in seen.items()])
-            except Refusal as refusal:
-                log.warning("seen_not_written", code=refusal.code)
+        devices, self._devices = self._devices, {}
+        users = self.services.users
+        for start in (
+            [users.register_device(app, user, device) for (_, user, _), (app, device) in devices.items()],
+            [users.record_seen(app, user, at) for (app, user), at in seen.items()],
+        ):
+            for result in await asyncio.gather(*start, return_exceptions=True):
+                if isinstance(result, BaseException):
+                    log.warning("seen_not_written", error=type(result).__name__)
