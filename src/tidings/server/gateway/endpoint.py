@@ -68,7 +68,7 @@ class SocketConnection(Connection):
             # A close frame would wait behind what is not read.
             transport.disconnect(False)
             return
-        transport.send_close(code, reason.encode())
+        transport.send_close(code, reason.encode())  # type: ignore[arg-type]
         asyncio.get_running_loop().call_later(CLOSE_SECONDS, transport.disconnect, False)
 
 

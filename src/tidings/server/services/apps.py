@@ -112,7 +112,7 @@ class Apps:
     async def _load(self, column: str, value: str | int) -> AppContext:
         async def unit(tx: Tx) -> tuple[Any, ...] | None:
             row = await tx.one(
-                f"SELECT app,id,name,settings,created_at FROM apps WHERE {column}=?",  # noqa: S608 - two constants
+                f"SELECT app,id,name,settings,created_at FROM apps WHERE {column}=?",
                 value,
             )
             if row is None:

@@ -144,7 +144,7 @@ class Receipts:
 
         async def unit(tx: Tx) -> Counts:
             head = await tx.one(
-                "SELECT head FROM streams WHERE sid=?" + tx.for_update,  # noqa: S608 - constants
+                "SELECT head FROM streams WHERE sid=?" + tx.for_update,
                 channel.sid,
             )
             if head is None or seq > head[0]:
@@ -280,7 +280,7 @@ class Receipts:
             raise Refusal("invalid_field", "Unread counts are a user's: name them with Tidings-User.", field="user")
         now, app, user = self._clock.now_ms(), actor.app.app, actor.user
         counted = (
-            f"SELECT s.ref AS ref, {UNREAD} AS unread, {MENTIONED} AS mentions, m.read AS read, m.marked_from AS marked"  # noqa: S608
+            f"SELECT s.ref AS ref, {UNREAD} AS unread, {MENTIONED} AS mentions, m.read AS read, m.marked_from AS marked"
             " FROM members m JOIN streams s ON s.sid=m.sid WHERE m.app=? AND m.user=? AND m.archived=0"
             f" AND NOT {HIDDEN} AND (m.muted_until IS NULL OR m.muted_until<=?)"
             " AND (s.counted>m.read_counted OR m.marked_from IS NOT NULL OR s.head>m.read)"
@@ -288,13 +288,13 @@ class Receipts:
 
         async def unit(tx: Tx) -> UnreadTotal:
             total = await tx.one(
-                f"SELECT coalesce(sum(unread),0), coalesce(sum(mentions),0) FROM ({counted}) q",  # noqa: S608
+                f"SELECT coalesce(sum(unread),0), coalesce(sum(mentions),0) FROM ({counted}) q",
                 app,
                 user,
                 now,
             )
             rows = await tx.all(
-                f"SELECT ref, unread, mentions, read, marked FROM ({counted}) q"  # noqa: S608
+                f"SELECT ref, unread, mentions, read, marked FROM ({counted}) q"
                 " WHERE (unread>0 OR mentions>0) AND ref>? ORDER BY ref LIMIT ?",
                 app,
                 user,
