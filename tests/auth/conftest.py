@@ -22,6 +22,9 @@ class FrozenClock:
     def now_ms(self) -> int:
         return self.at
 
+    def monotonic(self) -> float:
+        return self.at / 1000
+
 
 def private_pem(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> bytes:
     return key.private_bytes(

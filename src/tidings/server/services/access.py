@@ -254,7 +254,7 @@ class AccessService:
                 type=compiled,
                 frozen=bool(frozen),
                 access_version=int(str(version)),
-                cipher=await self._cipher(app, int(str(sid)), stream_key),
+                cipher=await self.cipher(app, int(str(sid)), stream_key),
                 floor=int(str(floor)),
             )
             if forgotten == self._forgotten:
@@ -281,7 +281,8 @@ class AccessService:
             view.users[actor.user] = member
         return Access(actor, view, member, Grants(actor.grants | member.grants))
 
-    async def _cipher(self, app: AppContext, sid: int, key: WrappedStreamKey) -> StreamCipher:
+    async def cipher(self, app: AppContext, sid: int, key: WrappedStreamKey) -> StreamCipher:
+        """The cipher of a stream, reading the keys of its app again if another process has rotated them."""
         try:
             return self._keyring.cipher(app.id, str(sid), key)
         except AppKeyNotLoaded:
