@@ -733,6 +733,7 @@ class Admin:
     ) -> tuple[list[Relation], str | None]:
         """Relations in order of user, other and kind, and the cursor of the next page. Needs `app.read`."""
         actor.check(P.APP_READ)
+        listing = ["relations", user, other, kind]
         conditions: list[str] = ["r.app=?"]
         values: list[Any] = [actor.app.app]
         for condition, value in (("r.user=?", user), ("r.other=?", other), ("r.kind=?", kind)):
@@ -741,7 +742,7 @@ class Admin:
                 values.append(value)
         if cursor is not None:
             conditions.append("(r.user,r.other,r.kind)>(?,?,?)")
-            values += read_cursor(cursor, "relations", (str, str, str))
+            values += read_cursor(actor.app, listing, cursor, tuple[str, str, str])
         rows = await self._rows(
             "SELECT r.user,r.other,r.kind FROM relations r WHERE "  # noqa: S608 - constant conditions
             + " AND ".join(conditions)
@@ -750,7 +751,7 @@ class Admin:
             limit + 1,
         )
         page = [Relation(user=user, other=other, kind=kind) for user, other, kind in rows[:limit]]
-        return page, (make_cursor("relations", rows[limit - 1]) if len(rows) > limit else None)
+        return page, (make_cursor(actor.app, listing, list(rows[limit - 1])) if len(rows) > limit else None)
 
     # ------------------------------------------------------------ the audit trail
 
@@ -771,7 +772,8 @@ class Admin:
         `by` (`key:…`, `user:…`, `cli`), `action` and `target` match whole values.
         """
         actor.check(P.AUDIT_READ)
-        before = None if cursor is None else read_cursor(cursor, "audit", (int, str))
+        listing = ["audit", by, action, target, since_ms, until_ms]
+        before = None if cursor is None else read_cursor(actor.app, listing, cursor, tuple[int, str])
 
         async def unit(tx: Tx) -> list[Row]:
             return await lines_before(
@@ -782,13 +784,13 @@ class Admin:
                 target=target,
                 since=since_ms,
                 until=until_ms,
-                before=None if before is None else (before[0], before[1]),
+                before=before,
                 limit=limit + 1,
             )
 
         rows = await self._store.read(unit)
         page = [entry_of(row) for row in rows[:limit]]
-        return page, (make_cursor("audit", rows[limit - 1][:2]) if len(rows) > limit else None)
+        return page, (make_cursor(actor.app, listing, list(rows[limit - 1][:2])) if len(rows) > limit else None)
 
     # ------------------------------------------------------------ inside
 
