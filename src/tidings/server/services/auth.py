@@ -9,9 +9,9 @@ The door has a part that never waits: whatever it needs (the app, the key's or u
 
 Words that are as wide as the widest user: `user.act_as` and `token.mint` let their holder be anyone in the app.
 
-Revocation: `revoke` without a `jti` voids every token issued up to that moment. `iat` counts whole seconds, so a token
-issued later in the same second is void too: ours (`mint`) are dated to the next second then, an identity provider's
-must be issued after it. A token without `iat` cannot be told from an old one and is void once its user has a mark.
+Revocation: `revoke` without a `jti` voids every token whose `iat` lies before the next full second. `iat` counts whole
+seconds, so a token issued later in the same second is void too: ours (`mint`) are dated to the next second then, an
+identity provider must issue the new one after it. A token without `iat` cannot be told from an old one and is void once its user has a mark.
 """
 
 from __future__ import annotations
@@ -27,14 +27,18 @@ from tidings.server.clock import Clock, Ids
 from tidings.server.domain.permissions import NONE, Grants, Permission, grants_of
 from tidings.server.errors import Forbidden, NotFound, Refusal
 from tidings.server.store.base import Row, Store, Tx
+from tidings.wire.ids import time_of
+from tidings.wire.resources import Token
 
 from .access import Actor
 from .admin import signing_item
 from .api_keys import PREFIX, matches, parse_key
 from .apps import AppContext, Apps
-from .change import Changes
+from .audit import Action, line_of
+from .change import Change, Changes
 from .signing import AppKeys, JwksSource, KeyStatus, SigningKey
 from .tokens import Pending, TokenRefused, TokenVerifier, Verified, unverified_app
+from .tokens import mint as sign
 
 P = Permission
 K = TypeVar("K")
@@ -48,6 +52,12 @@ API_KEYS_MAX: Final = 10_000
 APP_KEYS_MAX: Final = 1_024
 # How exact an API key's last use is: one write a minute and key, however busy it is.
 LAST_USED_MS: Final = 60_000
+# A revoked `jti` is remembered as long as its token could live: `token_ttl_seconds_max` is at most 365 days, and a day
+# covers leeways. Without that setting a token may live for ever, and so does the mark (2**53 - 1 ms).
+REVOKED_KEPT_MS: Final = 366 * 86_400_000
+FOR_EVER_MS: Final = 2**53 - 1
+# Sessions that one person ends one by one; each mark is a row that may stay for a year.
+REVOKED_PER_USER_MAX: Final = 1_000
 
 
 class EnsuresUsers(Protocol):
@@ -222,6 +232,115 @@ class Auth:
             state, revoked = await self._load_user(actor.app, actor.user, authenticated.jti)
             _check_user(state, revoked, authenticated.issued_at_ms)
         return replace(authenticated, actor=actor)
+
+    # ------------------------------------------------------------ minting and revoking
+
+    async def mint(self, actor: Actor, user_id: str, ttl_seconds: int) -> Token:
+        """A token for a user, signed with the app's newest active HS256 key, with a `jti` of its own.
+
+        Needs `token.mint`. Raises NotFound for an unknown user (unless the app creates users on connect),
+        `user_deactivated`, `invalid_field` for a life beyond the app's maximum, `conflict` without an HS256 key.
+        """
+        actor.check(P.TOKEN_MINT)
+        app = await self._apps.get(actor.app.id)
+        state = await self._state(app, user_id)
+        if (state is None and not app.settings.create_users_on_connect) or (state is not None and state.deleted):
+            raise NotFound("user", field="user")
+        if state is not None and state.deactivated:
+            raise Refusal("user_deactivated", "The user is deactivated.")
+        longest = app.settings.token_ttl_seconds_max
+        if ttl_seconds < 1 or (longest is not None and ttl_seconds > longest):
+            raise Refusal(
+                "invalid_field", "The token would live longer than the app allows.", field="ttl_seconds", bound=longest
+            )
+        keys = self._keys_of(app)
+        # Rows stand in the order of their creation only by chance: the newest is the one that rotation added last.
+        active = [row for row in app.signing if row[1] == "HS256" and row[4] == "active"]
+        if not active:
+            raise Refusal("conflict", "The app has no active HS256 key to sign with.")
+        kid = max(active, key=lambda row: (row[5], row[0]))[0]
+        key = next(key for key in keys.keys if key.kid == kid)
+        now = self._clock.now_ms()
+        issued_at = now // 1000 * 1000
+        if state is not None and issued_at < state.tokens_after:
+            issued_at += 1000 * -((issued_at - state.tokens_after) // 1000)
+        jti = self._ids.new_id("t_")
+        try:
+            token = sign(keys, key, user_id, ttl_seconds, issued_at, jti=jti)
+        except ValueError as error:
+            raise Refusal("invalid_field", _sentence(str(error)), field="user") from None
+        line = line_of(
+            actor,
+            Action.TOKEN_MINTED,
+            f"user:{user_id}",
+            self._ids.new_id("au_"),
+            now,
+            jti=jti,
+            ttl_seconds=ttl_seconds,
+        )
+
+        async def unit(tx: Tx) -> Change[None]:
+            await line.write(tx)
+            return Change(None)
+
+        await self._changes.run(unit)
+        return Token(token=token, expires_at=time_of(issued_at + ttl_seconds * 1000))
+
+    async def revoke(self, actor: Actor, user_id: str, jti: str | None = None) -> None:
+        """Void the user's tokens issued until now, or the one with that `jti`; their connections end.
+
+        Needs `token.revoke`; users may void their own. Raises NotFound for an unknown user.
+        """
+        if actor.user != user_id:
+            actor.check(P.TOKEN_REVOKE)
+        app, now = actor.app, self._clock.now_ms()
+        # Nothing bounds how long an app's tokens live unless it says so; then none outlives the setting's own bound.
+        kept_until = FOR_EVER_MS if app.settings.token_ttl_seconds_max is None else now + REVOKED_KEPT_MS
+        detail = {} if jti is None else {"jti": jti}
+        # Everything between `user/` and what follows the slash in ASCII: the marks of this user's tokens.
+        own_marks = (revoked_name(user_id, ""), f"{user_id}0")
+        line = line_of(actor, Action.TOKENS_REVOKED, f"user:{user_id}", self._ids.new_id("au_"), now, **detail)
+
+        async def unit(tx: Tx) -> Change[None]:
+            if jti is not None:
+                found = await tx.one("SELECT id FROM users WHERE app=? AND id=?", app.app, user_id)
+                notice = Revoked(app.app, user_id, "token_revoked", jti=jti)
+                marks = await tx.one(
+                    "SELECT COUNT(*) FROM revoked_tokens WHERE app=? AND jti>? AND jti<?", app.app, *own_marks
+                )
+                if marks is not None and marks[0] >= REVOKED_PER_USER_MAX:
+                    raise Refusal(
+                        "bound_exceeded",
+                        "So many of the user's tokens were revoked one by one: revoke all of them instead.",
+                        bound=REVOKED_PER_USER_MAX,
+                    )
+                await tx.execute("DELETE FROM revoked_tokens WHERE app=? AND expires_at<?", app.app, now)
+                await tx.execute(
+                    "INSERT INTO revoked_tokens(app,jti,expires_at) VALUES (?,?,?)"
+                    " ON CONFLICT (app,jti) DO UPDATE SET expires_at=excluded.expires_at",
+                    app.app,
+                    revoked_name(user_id, jti),
+                    kept_until,
+                )
+            else:
+                # A mark that lies ahead was set within this second (or before the clock was set back); tokens that we
+                # minted since are dated to it, and must go too.
+                found = await tx.one(
+                    "UPDATE users SET tokens_after=CASE WHEN tokens_after>? THEN tokens_after+1000 ELSE ? END"
+                    " WHERE app=? AND id=? RETURNING tokens_after",
+                    now,
+                    (now // 1000 + 1) * 1000,
+                    app.app,
+                    user_id,
+                )
+                await tx.execute("DELETE FROM revoked_tokens WHERE app=? AND jti>? AND jti<?", app.app, *own_marks)
+                notice = Revoked(app.app, user_id, "token_revoked", before_ms=int(found[0]) if found else now)
+            if found is None:
+                raise NotFound("user", field="user")
+            await line.write(tx)
+            return Change(None, (notice,))
+
+        await self._changes.run(unit)
 
     async def close(self) -> None:
         """Wait for the uses of keys that are still being written."""
