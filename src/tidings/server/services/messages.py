@@ -655,13 +655,13 @@ async def redact_messages(
     change = "redacted=2, sealed=NULL" if hard else "redacted=1"
     for seq, message_id in targets:
         await tx.execute(
-            f"UPDATE events SET {change} WHERE app=? AND sid=? AND seq=?",  # noqa: S608 - two constants
+            f"UPDATE events SET {change} WHERE app=? AND sid=? AND seq=?",
             app,
             sid,
             seq,
         )
         await tx.execute(
-            f"UPDATE events SET {change} WHERE app=? AND sid=? AND ref=? AND type='message.updated'",  # noqa: S608
+            f"UPDATE events SET {change} WHERE app=? AND sid=? AND ref=? AND type='message.updated'",
             app,
             sid,
             message_id,
