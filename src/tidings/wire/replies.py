@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 from msgspec import Meta
 
-from .events import Event
 from .ids import ChannelId, ClientKey, MessageId, Time
 from .resources import Head, Message
 
@@ -51,10 +50,24 @@ class HistoryPage(msgspec.Struct, frozen=True, kw_only=True):
     has_after: bool
 
 
+class StreamEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One event of a stream. `data` has the shape that its `type` says; meet unknown types with indifference.
+
+    `by` is the user who caused it, absent when the app's backend or the server did.
+    """
+
+    type: str
+    stream: str
+    seq: int
+    at: Time
+    by: str | None = None
+    data: dict[str, Any] = {}
+
+
 class EventsPage(msgspec.Struct, frozen=True, kw_only=True):
     """Events in ascending order of seq, gapless after the position that was given; `head` is the stream's last seq."""
 
-    events: list[Event]
+    events: list[StreamEvent]
     epoch: str
     head: int
 

@@ -1,4 +1,6 @@
-"""Rates: who may ask how often. One limiter serves REST and the socket, so that nobody gets twice the rate by using both.
+"""Rates: who may ask how often.
+
+One limiter serves REST and the socket, so that nobody gets twice the rate by using both.
 
 The generic cell rate algorithm (ITU-T I.371, the leaky bucket as a meter): one number per bucket, the time at which it
 would be full again. Pure: the time comes in with each question.

@@ -183,9 +183,7 @@ async def put_type(call: Call[None, ChannelTypePut]) -> ChannelType:
     return await call.services.admin.put_type(call.actor, call.path["type"], call.body)
 
 
-@operation(
-    "app.delete_type", "DELETE", "/v1/app/channel-types/{type}", "Delete a channel type", problems=("conflict",)
-)
+@operation("app.delete_type", "DELETE", "/v1/app/channel-types/{type}", "Delete a channel type", problems=("conflict",))
 async def delete_type(call: Call[None, None]) -> None:
     """Refused while channels of it exist."""
     await call.services.admin.delete_type(call.actor, call.path["type"])
@@ -197,7 +195,9 @@ class RelationsQuery(Paging, frozen=True, kw_only=True):
     kind: RoleName | None = None
 
 
-@operation("app.list_relations", "GET", "/v1/app/relations", "List relations", reply=Page[Relation], query=RelationsQuery)
+@operation(
+    "app.list_relations", "GET", "/v1/app/relations", "List relations", reply=Page[Relation], query=RelationsQuery
+)
 async def list_relations(call: Call[RelationsQuery, None]) -> Page[Relation]:
     """Who stands in which relation to whom."""
     query = call.query
@@ -241,9 +241,7 @@ class RelationQuery(Query, frozen=True, kw_only=True):
 async def delete_relation(call: Call[RelationQuery, None]) -> None:
     """Its grants end before the answer."""
     query = call.query
-    await call.services.admin.delete_relation(
-        call.actor, Relation(kind=query.kind, user=query.user, other=query.other)
-    )
+    await call.services.admin.delete_relation(call.actor, Relation(kind=query.kind, user=query.user, other=query.other))
 
 
 class AuditQuery(Paging, frozen=True, kw_only=True):

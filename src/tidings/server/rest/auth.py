@@ -43,9 +43,7 @@ class Authentication:
             raise
         await self._app(scope, receive, send)
 
-    async def _authenticate(
-        self, header: bytes | None, app_hint: bytes | None, on_behalf_of: bytes | None
-    ) -> Any:
+    async def _authenticate(self, header: bytes | None, app_hint: bytes | None, on_behalf_of: bytes | None) -> Any:
         if not header:
             raise Refusal("unauthenticated", "Send Authorization: Bearer <API key or user token>.")
         if header[:7].lower() != _SCHEME:

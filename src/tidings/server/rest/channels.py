@@ -20,11 +20,14 @@ _CHANNEL: Final = "/v1/channels/{channel}"
 
 class ChannelsQuery(Paging, frozen=True, kw_only=True):
     type: Annotated[list[TypeName], Meta(min_length=1, max_length=16)] | None = None
-    member: Annotated[list[UserId], Meta(min_length=1, max_length=16, description="All of these are in it")] | None = None
+    member: Annotated[list[UserId], Meta(min_length=1, max_length=16, description="All of these are in it")] | None = (
+        None
+    )
     ids: Annotated[list[ChannelId], Meta(min_length=1, max_length=limits.BULK_MAX)] | None = None
     label: Labels = msgspec.field(default_factory=dict)
     archived: Annotated[bool, Meta(description="The caller's archived channels, or the others")] | None = None
     hidden: Annotated[bool, Meta(description="The caller's hidden channels, or the others")] | None = None
+    joined: Annotated[bool, Meta(description="Channels the caller is a member of, or the others")] | None = None
     unread: Annotated[bool, Meta(description="Only channels with something unread")] = False
     sort: Literal["last_message", "created", "updated"] = "last_message"
     include: list[Literal["last_message", "members"]] = msgspec.field(default_factory=list)
@@ -63,6 +66,7 @@ async def find(call: Call[ChannelsQuery, None]) -> Page[Channel]:
         archived=query.archived,
         hidden=query.hidden,
         unread_only=query.unread,
+        joined=query.joined,
         sort=query.sort,
         limit=query.limit,
         cursor=query.cursor,

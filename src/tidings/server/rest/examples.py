@@ -1,4 +1,4 @@
-"""One example of everything that is sent or answered, for the OpenAPI document. Typed, so they cannot go out of date."""
+"""One example of everything that is sent or answered, for the OpenAPI document. Typed, so none goes out of date."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, Final, get_args, get_origin
 import msgspec
 
 from tidings.wire import replies, requests, resources
-from tidings.wire.events import Event
 
 _AT: Final = datetime(2026, 3, 14, 9, 26, 53, 589_000, UTC)
 _LATER: Final = datetime(2026, 3, 14, 10, 0, tzinfo=UTC)
@@ -52,7 +51,9 @@ _EXAMPLES: Final[tuple[Any, ...]] = (
     _UNREAD,
     resources.UnreadTotal(unread=1, mentions=0, channels=[_UNREAD]),
     resources.MessageVersion(version=1, at=_AT, by="alice", text="Good morning, how is the nee today?"),
-    resources.User(id="alice", name="Alice Ahmed", role="user", labels={"team": "ortho"}, created_at=_AT, updated_at=_AT),
+    resources.User(
+        id="alice", name="Alice Ahmed", role="user", labels={"team": "ortho"}, created_at=_AT, updated_at=_AT
+    ),
     resources.Device(id="phone-1", user="alice", platform="ios", created_at=_AT, last_seen_at=_LATER),
     resources.Member(user="bob", role="member", joined_at=_AT, delivered=7, read=7),
     resources.Receipt(user="bob", delivered=7, read=7),
@@ -94,13 +95,13 @@ _EXAMPLES: Final[tuple[Any, ...]] = (
     replies.HistoryPage(messages=[_MESSAGE], epoch="e1", head=7, has_before=True, has_after=False),
     replies.EventsPage(
         events=[
-            Event(
-                "message.created",
-                "ch_7f3k",
-                7,
-                _AT,
-                "alice",
-                msgspec.Raw(msgspec.json.encode({"id": _MESSAGE_ID, "channel": "ch_7f3k", "seq": 7, "user": "alice"})),
+            replies.StreamEvent(
+                type="message.created",
+                stream="ch_7f3k",
+                seq=7,
+                at=_AT,
+                by="alice",
+                data=msgspec.to_builtins(_MESSAGE),
             )
         ],
         epoch="e1",

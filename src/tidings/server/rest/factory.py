@@ -79,9 +79,7 @@ def create_rest_app(
     )
     app.state.operations = found
     # Around everything, the router's own refusals included, which Litestar's middleware is not.
-    app.asgi_handler = Door(
-        app.asgi_handler, origins=config.cors_origins, rate=limiter.rate, metrics=metrics
-    )
+    app.asgi_handler = Door(app.asgi_handler, origins=config.cors_origins, rate=limiter.rate, metrics=metrics)
     return app
 
 

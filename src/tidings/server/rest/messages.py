@@ -181,9 +181,7 @@ async def edit(call: Call[None, MessageEdit]) -> Reply:
 
 
 class DeleteQuery(Query, frozen=True, kw_only=True):
-    hard: Annotated[
-        bool, Meta(description="Destroy content and earlier versions; needs `message.delete_hard`")
-    ] = False
+    hard: Annotated[bool, Meta(description="Destroy content and earlier versions; needs `message.delete_hard`")] = False
 
 
 @operation("messages.delete", "DELETE", _MESSAGE, "Delete a message", reply=Changed, query=DeleteQuery)
@@ -195,9 +193,7 @@ async def delete(call: Call[DeleteQuery, None]) -> Changed:
     return Changed(seq=seq)
 
 
-@operation(
-    "messages.versions", "GET", _MESSAGE + "/versions", "Read a message's versions", reply=Page[MessageVersion]
-)
+@operation("messages.versions", "GET", _MESSAGE + "/versions", "Read a message's versions", reply=Page[MessageVersion])
 async def versions(call: Call[None, None]) -> Page[MessageVersion]:
     """The original first. For the author and for those with `message.versions`."""
     return Page(await call.services.messages.versions(call.actor, call.path["channel"], call.path["message"]))

@@ -84,7 +84,9 @@ class Call(Generic[Q, B]):
     def user(self) -> str:
         """The user who asks. Raises Refusal when a backend asks for itself."""
         if self.actor.user is None:
-            raise Refusal("invalid_field", "This is about a user: name them with the header Tidings-User.", field="user")
+            raise Refusal(
+                "invalid_field", "This is about a user: name them with the header Tidings-User.", field="user"
+            )
         return self.actor.user
 
 
@@ -237,9 +239,7 @@ def decode_query(op: Operation, raw: bytes) -> Any:
     if not raw:
         return None if op.query is None else op.query()
     try:
-        pairs = parse_qsl(
-            raw.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=QUERY_FIELDS_MAX
-        )
+        pairs = parse_qsl(raw.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=QUERY_FIELDS_MAX)
     except ValueError:
         raise Refusal("invalid", "The query string cannot be read.") from None
     values: dict[str, Any] = {}

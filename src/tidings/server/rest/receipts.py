@@ -41,10 +41,14 @@ async def mark_unread(call: Call[None, ReadMark]) -> Unread:
     return await call.services.receipts.mark_unread(call.actor, call.path["channel"], call.body.seq)
 
 
-@operation("receipts.list", "GET", _CHANNEL + "/receipts", "List receipts", reply=Page[Receipt])
-async def find(call: Call[None, None]) -> Page[Receipt]:
+@operation("receipts.list", "GET", _CHANNEL + "/receipts", "List receipts", reply=Page[Receipt], query=Paging)
+async def find(call: Call[Paging, None]) -> Page[Receipt]:
     """How far each member is."""
-    return Page(await call.services.receipts.list(call.actor, call.path["channel"]))
+    query = call.query
+    found, more = await call.services.receipts.list(
+        call.actor, call.path["channel"], limit=query.limit, cursor=query.cursor
+    )
+    return Page(found, more)
 
 
 @operation(
@@ -54,11 +58,10 @@ async def find(call: Call[None, None]) -> Page[Receipt]:
     "Count what is unread",
     reply=UnreadTotal,
     query=Paging,
-    problems=("cursor_invalid",),
 )
 async def unread(call: Call[Paging, None]) -> UnreadTotal:
     """Sums over the caller's channels that are neither hidden, archived nor muted, and the channels that have any."""
-    return await call.services.receipts.unread_total(call.actor, call.query.limit, call.query.cursor)
+    return await call.services.receipts.unread_total(call.actor, limit=call.query.limit, cursor=call.query.cursor)
 
 
 OPERATIONS: Final = (read, mark_unread, find, unread)

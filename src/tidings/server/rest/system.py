@@ -96,7 +96,9 @@ def metrics_operation(metrics: Metrics, *, public: bool) -> Operation:
     return exposition
 
 
-def documents(openapi: Callable[[], bytes], page: Callable[[], bytes], asyncapi: Callable[[], bytes] | None) -> tuple[Operation, ...]:
+def documents(
+    openapi: Callable[[], bytes], page: Callable[[], bytes], asyncapi: Callable[[], bytes] | None
+) -> tuple[Operation, ...]:
     """The contracts that this server keeps, each made at its first use."""
     openapi, page = cache(openapi), cache(page)
 
@@ -105,7 +107,9 @@ def documents(openapi: Callable[[], bytes], page: Callable[[], bytes], asyncapi:
         """OpenAPI 3.1 of everything under this address."""
         return Reply(200, openapi(), [JSON_TYPE])
 
-    @operation("system.docs", "GET", "/docs", "The operations, readable", reply=str, open=True, media_type=_HTML[1].decode())
+    @operation(
+        "system.docs", "GET", "/docs", "The operations, readable", reply=str, open=True, media_type=_HTML[1].decode()
+    )
     async def docs(call: Call[None, None]) -> Reply:
         """A page made from the OpenAPI document."""
         return Reply(200, page(), [_HTML, _PAGE_POLICY])

@@ -90,17 +90,13 @@ async def delete(call: Call[None, None]) -> None:
     await call.services.users.delete(call.actor, call.path["user"])
 
 
-@operation(
-    "users.deactivate", "POST", _USER + "/deactivate", "Deactivate a user", reply=User, problems=("conflict",)
-)
+@operation("users.deactivate", "POST", _USER + "/deactivate", "Deactivate a user", reply=User, problems=("conflict",))
 async def deactivate(call: Call[None, None]) -> User:
     """The user's connections end, their tokens are refused; their data stays."""
     return await call.services.users.deactivate(call.actor, call.path["user"])
 
 
-@operation(
-    "users.reactivate", "POST", _USER + "/reactivate", "Reactivate a user", reply=User, problems=("conflict",)
-)
+@operation("users.reactivate", "POST", _USER + "/reactivate", "Reactivate a user", reply=User, problems=("conflict",))
 async def reactivate(call: Call[None, None]) -> User:
     """Undoes a deactivation."""
     return await call.services.users.reactivate(call.actor, call.path["user"])
