@@ -23,7 +23,7 @@ def render_page(document: dict[str, Any]) -> bytes:
     by_tag: dict[str, list[str]] = {}
     for path, methods in document["paths"].items():
         for method, op in methods.items():
-            by_tag.setdefault(op["tags"][0], []).append(_operation(method, path, op))
+            by_tag.setdefault(op["tags"][0], []).append(_operation(method, path, op, document["components"]["responses"]))
     info = document["info"]
     parts = [
         "<!doctype html>",
@@ -54,7 +54,7 @@ def _inline(text: str) -> str:
     return "".join(out)
 
 
-def _operation(method: str, path: str, op: dict[str, Any]) -> str:
+def _operation(method: str, path: str, op: dict[str, Any], responses: dict[str, Any]) -> str:
     parts = [
         f'<details id="{escape(op["operationId"])}"><summary><span class="m">{method.upper()}</span>'
         f' <code>{escape(path)}</code> <span class="s">{escape(op["summary"])}</span></summary>',
@@ -70,6 +70,8 @@ def _operation(method: str, path: str, op: dict[str, Any]) -> str:
     if body := op.get("requestBody"):
         parts.append(f"<p>Body. {escape(body['description'])}.</p>{_example(body['content'])}")
     for status, reply in op["responses"].items():
+        if ref := reply.get("$ref"):
+            reply = responses[ref.rpartition("/")[2]]
         parts.append(f"<p><b>{status}</b> {_inline(reply['description'])}</p>")
         if status < "300":
             parts.append(_example(reply.get("content", {})))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -73,7 +74,7 @@ def codes_of(op: Operation) -> dict[int, list[str]]:
         codes.append("not_found")
     if op.query is not None:
         codes.append("invalid_field")
-        if any(one.name == "cursor" for one in msgspec.structs.fields(op.query)):
+        if any(one.name == "cursor" for one in _fields(op.query)):
             codes.append("cursor_invalid")
     if op.body is not None:
         codes += ["invalid_field", "too_large", "unsupported_media"]
@@ -93,8 +94,9 @@ def make_openapi(operations: Sequence[Operation], *, url: str, body_max: int) ->
     problem = components["ProblemDocument"]
     problem["properties"]["code"]["enum"] = list(CATALOGUE)
     paths: dict[str, dict[str, Any]] = {}
+    responses: dict[str, Any] = {}
     for op in operations:
-        paths.setdefault(op.path, {})[op.method.lower()] = _operation(op, by_type, components, body_max)
+        paths.setdefault(op.path, {})[op.method.lower()] = _operation(op, by_type, responses, body_max)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -110,6 +112,7 @@ def make_openapi(operations: Sequence[Operation], *, url: str, body_max: int) ->
         "paths": paths,
         "components": {
             "schemas": dict(sorted(components.items())),
+            "responses": dict(sorted(responses.items())),
             "headers": _HEADERS,
             "securitySchemes": {
                 "apiKey": {
@@ -159,6 +162,12 @@ _HEADERS: Final[dict[str, Any]] = {
 }
 
 
+@cache
+def _fields(query: Any) -> tuple[msgspec.structs.FieldInfo, ...]:
+    """A query's fields, the same objects each time: their types are told apart by identity."""
+    return msgspec.structs.fields(query)
+
+
 def _types(operations: Sequence[Operation]) -> list[Any]:
     found: dict[int, Any] = {}
     for op in operations:
@@ -166,19 +175,19 @@ def _types(operations: Sequence[Operation]) -> list[Any]:
             if type is not None:
                 found[id(type)] = type
         if op.query is not None:
-            for one in msgspec.structs.fields(op.query):
+            for one in _fields(op.query):
                 found[id(one.type)] = one.type
     return list(found.values())
 
 
-def _operation(op: Operation, schemas: dict[int, Any], components: dict[str, Any], body_max: int) -> dict[str, Any]:
+def _operation(op: Operation, schemas: dict[int, Any], shared: dict[str, Any], body_max: int) -> dict[str, Any]:
     made: dict[str, Any] = {
         "operationId": op.id,
         "tags": [op.tag],
         "summary": op.summary,
         "description": op.description,
         "parameters": [*_path_parameters(op), *_query_parameters(op, schemas), *_header_parameters(op)],
-        "responses": _responses(op, schemas),
+        "responses": _responses(op, schemas, shared),
     }
     if not made["parameters"]:
         del made["parameters"]
@@ -219,7 +228,7 @@ def _query_parameters(op: Operation, schemas: dict[int, Any]) -> list[dict[str, 
     made: list[dict[str, Any]] = []
     if op.query is None:
         return made
-    for one in msgspec.structs.fields(op.query):
+    for one in _fields(op.query):
         schema = dict(schemas[id(one.type)])
         # A parameter is absent rather than null.
         if "anyOf" in schema:
@@ -272,7 +281,7 @@ def _header_parameters(op: Operation) -> list[dict[str, Any]]:
     return made
 
 
-def _responses(op: Operation, schemas: dict[int, Any]) -> dict[str, Any]:
+def _responses(op: Operation, schemas: dict[int, Any], shared: dict[str, Any]) -> dict[str, Any]:
     common: dict[str, Any] = {"X-Request-Id": {"$ref": "#/components/headers/X-Request-Id"}}
     if not op.open:
         common |= {name: {"$ref": f"#/components/headers/{name}"} for name in ("RateLimit-Policy", "RateLimit")}
@@ -298,7 +307,7 @@ def _responses(op: Operation, schemas: dict[int, Any]) -> dict[str, Any]:
         if str(status) in made:
             # /readyz says why in its own words.
             continue
-        made[str(status)] = {
+        response = {
             "description": "Problem: " + ", ".join(codes),
             "headers": headers,
             "content": {
@@ -308,7 +317,18 @@ def _responses(op: Operation, schemas: dict[int, Any]) -> dict[str, Any]:
                 }
             },
         }
+        # Most operations share theirs: written out at each, they would be nine tenths of the document.
+        name = _name_of(response, status, shared)
+        shared[name] = response
+        made[str(status)] = {"$ref": f"#/components/responses/{name}"}
     return made
+
+
+def _name_of(response: dict[str, Any], status: int, shared: dict[str, Any]) -> str:
+    number = 1
+    while shared.get(name := f"Problem{status}" + (f"_{number}" if number > 1 else ""), response) != response:
+        number += 1
+    return name
 
 
 def _problem(code: str) -> ProblemDocument:
