@@ -78,14 +78,15 @@ ROWS: dict[str, Row] = {
     "app.create_provider": app(BACKEND, (201, 403), body={"jwks_url": "https://id.example.com/jwks"}),
     "app.delete_provider": app(BACKEND, (404, 403)),
     "app.list_roles": app(ADMIN),
-    "app.put_role": app(ADMIN, body={"grants": ["channel.read"]}),
+    "app.put_role": app(ADMIN, body={"grants": ["member.read"]}),
     "app.delete_role": app(ADMIN, (404, 403)),
-    "app.list_types": app(BACKEND | EVERY_USER | NARROW, MINE),
-    "app.get_type": Row(BACKEND | EVERY_USER | NARROW),
+    "app.list_types": app(ADMIN),
+    "app.get_type": app(ADMIN, (404, 403)),
     "app.put_type": app(ADMIN, body={}),
     "app.delete_type": app(ADMIN, (404, 403)),
     "app.list_relations": app(ADMIN),
-    "app.put_relation": app(ADMIN, (404, 403), body={"kind": "panel", "user": "member", "other": "outsider"}),
+    # A panel reads messages. An admin does not, and nobody grants what they have not got.
+    "app.put_relation": app(BACKEND, (404, 403), body={"kind": "panel", "user": "member", "other": "outsider"}),
     "app.delete_relation": app(ADMIN, (404, 403), query={"kind": "panel", "user": "owner", "other": "target"}),
     "app.audit": app(ADMIN),
     # Users. Everybody in the app may read profiles; some act on others.
@@ -114,8 +115,9 @@ ROWS: dict[str, Row] = {
     "members.add": channel(STAFF | BACKEND, body={"users": ["outsider"]}),
     "members.update": channel(frozenset({"owner"}) | BACKEND, body={"role": "reader"}),
     "members.remove": channel(STAFF | BACKEND),
-    "members.join": channel(INSIDE, wrong=BACKEND),
-    "members.leave": channel(INSIDE, wrong=BACKEND),
+    "members.join": channel(INSIDE, wrong=BACKEND | NARROW, foreign=(409, 404)),
+    # Without its only owner nobody could give roles any more.
+    "members.leave": channel(INSIDE - {"owner"}, wrong=BACKEND | NARROW | {"owner"}, foreign=(409, 404)),
     # Messages. The message is the owner's.
     "messages.send": channel(INSIDE | BACKEND, body={"text": "x"}),
     "messages.list": channel(INSIDE | BACKEND),
