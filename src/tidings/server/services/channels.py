@@ -793,8 +793,8 @@ class Channels:
     async def _release_some(
         self, tx: Tx, app: AppContext, sid: int, channel_id: str, job: _Deletion
     ) -> tuple[list[Published], bool]:
-        """End up to `RELEASE_BATCH` memberships of a deleted channel; what those users are told, and whether there may be
-        more of them."""
+        """End up to `RELEASE_BATCH` memberships of a deleted channel: what those users are told, and whether there may
+        be more of them."""
         rows = await tx.all(
             "SELECT user FROM members WHERE app=? AND sid=? ORDER BY user LIMIT ?", app.app, sid, RELEASE_BATCH
         )
