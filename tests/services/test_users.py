@@ -250,7 +250,7 @@ async def test_a_deleted_user_leaves_everywhere_and_keeps_their_name_taken(
     assert b'"kept"' in page.messages[0]
     assert b'"user":"alice"' in page.messages[0]
     for table in ("members", "devices", "device_positions"):
-        assert await world.rows(f"SELECT 1 FROM {table} WHERE user='alice'") == []  # noqa: S608
+        assert await world.rows(f"SELECT 1 FROM {table} WHERE user='alice'") == []
     assert await world.rows("SELECT 1 FROM meta") == []
     assert await world.rows("SELECT sealed, tokens_after FROM users WHERE id='alice'") == [(None, world.clock.now_ms())]
     await refused("conflict", world.users.create(world.backend, UserCreate(id="alice")), "id")
