@@ -42,6 +42,38 @@ class Mutant:
 
 MUTANTS: list[Mutant] = [
     Mutant(
+        check="S4",
+        why="the key's algorithm does not bind the token",
+        file="src/tidings/server/services/tokens.py",
+        old="if key.algorithm != header.algorithm:",
+        new="if key.algorithm != header.algorithm and False:",
+        tests=["tests/auth/test_tokens.py", "-k", "every_attack"],
+    ),
+    Mutant(
+        check="S4",
+        why="a token that was verified once outlives its key",
+        file="src/tidings/server/services/tokens.py",
+        old="if known.keyring is not keyring:",
+        new="if known.keyring.app.app_id != keyring.app.app_id:",
+        tests=["tests/auth/test_tokens.py", "-k", "ends_with_its_key"],
+    ),
+    Mutant(
+        check="S5",
+        why="every unknown kid fetches",
+        file="src/tidings/server/services/jwks.py",
+        old="return state.attempted_at is None or self._monotonic() - state.attempted_at >= self._interval_seconds",
+        new="return True",
+        tests=["tests/auth/test_jwks.py", "-k", "flood"],
+    ),
+    Mutant(
+        check="S12",
+        why="judge the address, then connect by name",
+        file="src/tidings/server/outbound.py",
+        old="            judged.append(str(address))",
+        new="            judged.append(name)",
+        tests=["tests/auth/test_outbound.py", "-k", "rebinding_name"],
+    ),
+    Mutant(
         check="D3",
         why="an unsafe store is accepted without being asked for by name",
         file="src/tidings/server/config.py",

@@ -19,8 +19,11 @@ NOW = 1_790_000_000_000
 class FrozenClock:
     at: int = NOW
 
-    def now(self) -> int:
+    def now_ms(self) -> int:
         return self.at
+
+    def monotonic(self) -> float:
+        return self.at / 1000
 
 
 def private_pem(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> bytes:

@@ -10,7 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
-from tests.auth.attack_corpus import AttackKeys, claims_of, compact, es256, hs256, rs256
+from tests.auth.attack_corpus import AttackKeys, claims_of, compact, es256, hs256, public_pem, rs256
 from tests.auth.conftest import NOW, FrozenClock
 from tests.auth.stub_http import StubServer, key_set, response, stub_server
 from tidings.server.domain.netguard import OutboundPolicy
@@ -20,6 +20,7 @@ from tidings.server.services.jwks import BODY_BYTES_MAX, JwksCache, read_key_set
 from tidings.server.services.tokens import (
     AppKeys,
     JwksSource,
+    KeyStatus,
     Pending,
     SigningKey,
     TokenRefused,
@@ -147,9 +148,31 @@ async def test_a_set_past_its_age_is_served_and_renewed_in_passing(provider: Pro
     provider.ticks.at += 601
     provider.stub.answer = lambda: key_set()
     assert isinstance(provider.verifier.verify(provider.app, token), Verified)  # without waiting
-    await provider.cache.refresh(provider.source)  # joins the fetch that is running
+    async with asyncio.timeout(10):
+        while provider.cache.status(provider.source).keys:
+            await asyncio.sleep(0)
     assert len(provider.stub.requests) == 2
     assert await provider.code(token) == "token_key_unknown"
+
+
+async def test_another_key_under_the_same_kid_ends_the_tokens_of_the_first(
+    provider: Provider, keys: AttackKeys
+) -> None:
+    provider.stub.answer = lambda: key_set(rsa_jwk(keys.rs_private, "a"))
+    token = signed(keys, "a")
+    assert await provider.code(token) is None
+    stranger = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    provider.stub.answer = lambda: key_set(rsa_jwk(stranger, "a"))
+    provider.ticks.at += 31
+    await provider.cache.refresh(provider.source)
+    assert await provider.code(token) == "token_signature"
+
+
+async def test_a_retired_kid_does_not_come_back_through_a_set(provider: Provider, keys: AttackKeys) -> None:
+    provider.stub.answer = lambda: key_set(rsa_jwk(keys.rs_private, "a"))
+    retired = SigningKey("a", "RS256", public_pem(keys.rs_private), KeyStatus.RETIRED)
+    provider.app = AppKeys("app_clinic", (retired,), provider.app.jwks)
+    assert await provider.code(signed(keys, "a")) == "token_key_unknown"
 
 
 async def test_a_failing_provider_leaves_the_keys_in_use_up_to_a_day(provider: Provider, keys: AttackKeys) -> None:
@@ -158,6 +181,7 @@ async def test_a_failing_provider_leaves_the_keys_in_use_up_to_a_day(provider: P
     assert await provider.code(token) is None
     bodies = [
         response(b"oops", status="500 Internal Server Error"),
+        response(b'{"keys": []}', status="203 Non-Authoritative Information"),
         response(b"not json"),
         response(b'{"keys": 7}'),
         response(b'{"keys": [], "keys": []}'),
@@ -196,7 +220,7 @@ async def test_a_provider_that_drips_is_given_up(
         while True:
             writer.write(b" ")
             await writer.drain()
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.02)  # why: the pace of the drip, nobody waits for it
 
     provider.stub.drip = drip
     async with asyncio.timeout(5):
@@ -226,6 +250,8 @@ async def test_algorithm_and_prefix_of_the_source_decide(provider: Provider, key
     provider.app = AppKeys("app_clinic", jwks=(source,))
     assert await provider.code(signed(keys, "other")) == "token_key_unknown"
     assert await provider.code(signed(keys, "idp:rs")) == "token_key_unknown"
+    elsewhere = compact({"alg": "ES256", "kid": "other"}, claims_of(provider.app, NOW), es256(keys.es_private))
+    assert await provider.code(elsewhere) == "token_key_unknown"
     assert provider.stub.requests == []  # neither is this source's business
     token = compact({"alg": "ES256", "kid": "idp:es"}, claims_of(provider.app, NOW), es256(keys.es_private))
     assert await provider.code(token) is None

@@ -1,6 +1,12 @@
 """Who gets in with a token, and who does not."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jwt
 import pytest
@@ -8,7 +14,10 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from tests.auth.attack_corpus import AttackKeys, b64, claims_of, compact, hs256, public_pem, vectors
 from tests.auth.conftest import NOW, FrozenClock, private_pem
+from tidings.server.domain.netguard import OutboundPolicy
+from tidings.server.outbound import GuardedClient
 from tidings.server.services import tokens as tokens_module
+from tidings.server.services.jwks import JwksCache
 from tidings.server.services.tokens import (
     AppKeys,
     JwksSource,
@@ -21,6 +30,7 @@ from tidings.server.services.tokens import (
     unverified_app,
 )
 
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "tokens.md"
 SECRET_TWO = bytes(range(2, 34))
 
 
@@ -83,12 +93,29 @@ def test_a_key_may_be_given_as_jwk(verifier: TokenVerifier, keys: AttackKeys) ->
         assert isinstance(verifier.verify(app, token), Verified)
 
 
-def test_what_is_minted_by_the_five_lines_of_the_guide_is_accepted(
-    verifier: TokenVerifier, app: AppKeys, keys: AttackKeys
+@pytest.mark.parametrize(
+    ("language", "command", "ending"),
+    [
+        ("python", [sys.executable, "-c"], "\nprint(token)"),
+        ("js", ["node", "--input-type=module", "-e"], "\nconsole.log(token)"),
+    ],
+)
+def test_the_five_lines_of_the_guide_make_a_token_that_is_accepted(
+    language: str, command: list[str], ending: str
 ) -> None:
-    claims = {"app": app.app_id, "sub": "alice", "iat": NOW // 1000, "exp": NOW // 1000 + 900}
-    token = jwt.encode(claims, keys.hs_secret, algorithm="HS256", headers={"kid": "hs-1"})
-    assert isinstance(verifier.verify(app, token), Verified)
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    code = GUIDE.read_text().split(f"```{language}\n")[1].split("```")[0]
+    secret = "correct-horse-battery-staple-0123"
+    environment = {**os.environ, "TIDINGS_APP": "app_clinic", "TIDINGS_SECRET": secret, "TIDINGS_KID": "hs-1"}
+    ran = subprocess.run([*command, code + ending], env=environment, capture_output=True, text=True, timeout=30)
+    assert ran.returncode == 0, ran.stderr
+    app = AppKeys("app_clinic", (SigningKey("hs-1", "HS256", secret),))
+    clock = FrozenClock(time.time_ns() // 1_000_000)
+    verifier = TokenVerifier(clock, JwksCache(GuardedClient(OutboundPolicy())))
+    outcome = verifier.verify(app, ran.stdout.strip())
+    assert isinstance(outcome, Verified)
+    assert (outcome.user_id, outcome.key_id) == ("alice", "hs-1")
 
 
 def test_jti_and_extra_claims_survive(verifier: TokenVerifier, app: AppKeys) -> None:

@@ -338,6 +338,18 @@ class Config:
         """Whether this process itself speaks TLS."""
         return self.tls_cert is not None and self.tls_key is not None
 
+    def trusts(self, address: str) -> bool:
+        """Whether X-Forwarded-For from this address is believed: a listed proxy, or loopback when none is listed."""
+        if not self.behind_proxy:
+            return False
+        try:
+            ip = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        if not self.trusted_proxies:
+            return ip.is_loopback
+        return any(ip in ipaddress.ip_network(proxy, strict=False) for proxy in self.trusted_proxies)
+
     @property
     def url(self) -> str:
         """The base address for clients, without a trailing slash."""

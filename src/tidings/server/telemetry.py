@@ -342,6 +342,7 @@ class Metrics(Collector):
         self.connections = self._gauge("connections", "Open sockets, authenticated or not.")
         self.sessions = self._gauges("sessions", "Authenticated sessions.", "transport")
         self.auth_refused = self._counters("auth_refused_total", "Refused tokens and API keys.", "code")
+        self.closes = self._counters("closes_total", "Connections that the server closed.", "code")
         self.rate_limited = self._counters("rate_limited_total", "Commands and requests over a limit.", "limit")
         self.commands = self._counters("commands_total", "Commands on sockets.", "type")
         self.catch_up_events = self._counter("catch_up_events_total", "Events read from the log for a device.")
@@ -350,7 +351,7 @@ class Metrics(Collector):
         # Delivery
         self.deliveries = self._counter("deliveries_total", "Events written to sockets.")
         self.delivered_bytes = self._counter("delivered_bytes_total", "Bytes written to sockets.")
-        self.flush_bytes = self._histogram("flush_bytes", "Bytes written to one socket at once.", _BYTES)
+        self.flush_frames = self._histogram("flush_frames", "Frames written to one socket at once.", _COUNTS)
 
         # The store
         self.sends = self._counters("sends_total", "Messages sent, by outcome: stored, repeated, refused.", "outcome")

@@ -17,6 +17,8 @@ from tidings.server.bus.base import AccessChanged, Joined, Left, Notice, Publish
 # How long a published seq of a stream nobody listened to is remembered, seconds: a connection that reads its
 # memberships in that time learns of what was committed after its snapshot.
 RECENT_SECONDS: Final = 5.0
+# The public name of every user's own stream.
+OWN: Final = "@me"
 
 
 def frame(payload: bytes) -> bytes:
@@ -32,7 +34,7 @@ def frame(payload: bytes) -> bytes:
 class Peer:
     """One connection as the hub sees it. Subclasses write bytes somewhere."""
 
-    __slots__ = ("__weakref__", "app", "behind", "device", "id", "out", "paused", "streams", "user")
+    __slots__ = ("__weakref__", "app", "behind", "device", "id", "out", "own", "paused", "streams", "user")
 
     # Whether `write` takes WebSocket frames or bare payloads.
     framed = True
@@ -49,6 +51,7 @@ class Peer:
         # Streams this peer is not live on -> how far it has been sent; None until the client says what it has.
         self.behind: dict[int, int | None] = {}
         self.streams: dict[int, Stream] = {}
+        self.own: Stream | None = None
 
     def write(self, data: bytes) -> None:
         """Hand bytes to the transport. Must not raise and must not block."""
@@ -92,6 +95,8 @@ class Hub:
         self._loop = loop
         self._on_flush = on_flush
         self.streams: dict[int, Stream] = {}
+        # Channels' streams by their public name; own streams (`@me`) are not here.
+        self.named: dict[tuple[int, str], Stream] = {}
         self.users: dict[tuple[int, str], set[Peer]] = {}
         self._dirty: list[Peer] = []
         # Seqs published lately, in two generations.
@@ -113,12 +118,21 @@ class Hub:
         if stream is None:
             stream = Stream(sid, peer.app, name, epoch, max(head, self.recent_head(sid)))
             self.streams[sid] = stream
+            if name != OWN:
+                self.named[(stream.app, name)] = stream
         elif head > stream.head:
             # The snapshot knows more than came through here: whoever listens already must read it from the log.
             self._put_behind(stream, head)
         stream.peers.add(peer)
         peer.streams[sid] = stream
+        if name == OWN:
+            peer.own = stream
         return stream
+
+    def listening(self, peer: Peer, name: str) -> Stream | None:
+        """The stream of this name if the peer listens to it."""
+        stream = peer.own if name == OWN else self.named.get((peer.app, name))
+        return stream if stream is not None and peer in stream.peers else None
 
     def leave(self, peer: Peer, sid: int) -> None:
         """Stop listening to a stream."""
@@ -129,6 +143,7 @@ class Hub:
         stream.peers.discard(peer)
         if not stream.peers:
             self.streams.pop(sid, None)
+            self.named.pop((stream.app, stream.name), None)
             self._remember(sid, stream.head)
 
     def enter(self, peer: Peer) -> None:

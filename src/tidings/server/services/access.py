@@ -171,7 +171,7 @@ class AccessService:
 
             async def guarded(tx: Tx, access: Access = access) -> Change[T]:
                 row = await tx.one(
-                    "SELECT access_version FROM streams WHERE sid=?" + tx.for_update,  # noqa: S608 - constants
+                    "SELECT access_version FROM streams WHERE sid=?" + tx.for_update,
                     access.channel.sid,
                 )
                 if row is None or row[0] != access.channel.access_version:
@@ -190,6 +190,13 @@ class AccessService:
         """Who may do what in the channel has changed."""
         self._forgotten += 1
         self._channels.pop((app, channel_id), None)
+
+    def forget_user(self, app: int, user: str) -> None:
+        """The user's relations or role have changed."""
+        self._forgotten += 1
+        for (owner, _), view in self._channels.items():
+            if owner == app:
+                view.users.pop(user, None)
 
     def forget_app(self, app: int) -> None:
         """Roles, types or relations of the app have changed."""

@@ -75,6 +75,8 @@ class Apps:
         self.keyring = keyring
         self._by_id: dict[str, AppContext] = {}
         self._by_number: dict[int, AppContext] = {}
+        # Grows with everything forgotten: what was read before that must not be remembered after it.
+        self._forgotten = 0
 
     def cached(self, app_id: str) -> AppContext | None:
         """The app if it is in memory."""
@@ -96,19 +98,21 @@ class Apps:
 
     def forget(self, app: int) -> None:
         """Read the app anew at its next use: its settings, keys, roles or types have changed."""
+        self._forgotten += 1
         found = self._by_number.pop(app, None)
         if found is not None:
             self._by_id.pop(found.id, None)
 
     def forget_all(self) -> None:
         """Read every app anew at its next use."""
+        self._forgotten += 1
         self._by_id.clear()
         self._by_number.clear()
 
     async def _load(self, column: str, value: str | int) -> AppContext:
         async def unit(tx: Tx) -> tuple[Any, ...] | None:
             row = await tx.one(
-                f"SELECT app,id,name,settings,created_at FROM apps WHERE {column}=?",  # noqa: S608 - two constants
+                f"SELECT app,id,name,settings,created_at FROM apps WHERE {column}=?",
                 value,
             )
             if row is None:
@@ -127,6 +131,7 @@ class Apps:
                 ),
             )
 
+        forgotten = self._forgotten
         found = await self._store.read(unit)
         if found is None:
             raise NotFound("app")
@@ -148,7 +153,8 @@ class Apps:
             providers=tuple(providers),
             cipher=self.keyring.app_cipher(app_id),
         )
-        self._by_id[app_id] = self._by_number[app] = context
+        if forgotten == self._forgotten:
+            self._by_id[app_id] = self._by_number[app] = context
         return context
 
     def stream_key(self, wrapped: bytes, version: int, app_version: int) -> WrappedStreamKey:

@@ -108,6 +108,7 @@ class JwksCache:
             await asyncio.shield(state.task)
 
     def status(self, source: JwksSource) -> SourceStatus:
+        """How the source is doing, without asking it."""
         state = self._sources.get(source.url)
         if state is None:
             return SourceStatus(0, None, None, None)
@@ -120,6 +121,7 @@ class JwksCache:
         )
 
     async def aclose(self) -> None:
+        """End the running fetches and wait until they have ended. The client is the caller's to close."""
         tasks = [state.task for state in self._sources.values() if state.task is not None]
         for task in tasks:
             task.cancel()
@@ -152,7 +154,13 @@ class JwksCache:
         loop = asyncio.get_running_loop()
         # Counted from the start and again from the end, so that a fetch that hangs is not followed by another at once.
         state.attempted_at = self._monotonic()
-        state.task = loop.create_task(self._fetch(source.url, state), name="jwks-fetch")
+        state.task = loop.create_task(self._fetch(source.url, state), name="jwks-fetch")  # owned by the cache: aclose
+        state.task.add_done_callback(lambda task: self._heard(task, state))
+
+    def _heard(self, task: asyncio.Task[None], state: _Source) -> None:
+        """A fetch that dies of something else than its provider is a bug: show it where the status is read."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            state.error = f"internal: {type(error).__name__}"
 
     async def _fetch(self, url: str, state: _Source) -> None:
         try:

@@ -77,6 +77,7 @@ class VerificationKey:
         return f"VerificationKey(kid={self.kid!r}, algorithm={self.algorithm!r})"
 
     def signed(self, message: bytes, signature: bytes) -> bool:
+        """Whether the signature is this key's over the message. Never raises for a bad signature."""
         return self._implementation.verify(message, self._prepared, signature)
 
 
@@ -118,6 +119,7 @@ class JwksSource(msgspec.Struct, frozen=True):
             raise ValueError("cache_seconds is between 30 and 86400")
 
     def covers(self, kid: str) -> bool:
+        """Whether a key of that id is this source's business."""
         return self.kid_prefix is None or kid.startswith(self.kid_prefix)
 
 

@@ -222,7 +222,7 @@ class Sync:
             for start in range(0, len(sids), 500):
                 chunk = sids[start : start + 500]
                 for sid, head in await tx.all(
-                    f"SELECT sid, head FROM streams WHERE sid IN ({log.placeholders(chunk)})",  # noqa: S608
+                    f"SELECT sid, head FROM streams WHERE sid IN ({log.placeholders(chunk)})",
                     *chunk,
                 ):
                     found[sid] = head

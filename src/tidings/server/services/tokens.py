@@ -18,11 +18,13 @@ import binascii
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import jwt
 import msgspec
 
+from tidings.server.clock import Clock
+from tidings.server.errors import Refusal
 from tidings.server.services.jwks import JwksCache
 from tidings.server.services.signing import (
     ALGORITHM_BY_HEADER,
@@ -73,23 +75,12 @@ _TYPES: Final = frozenset({"jwt", "at+jwt", "application/jwt", "application/at+j
 _RESERVED_CLAIMS: Final = frozenset({"sub", "iat", "exp", "nbf", "jti", "app", "aud", "iss"})
 
 
-class Clock(Protocol):
-    """Milliseconds since the epoch, UTC."""
-
-    def now(self) -> int: ...
-
-
-class TokenRefused(Exception):
-    """The token does not let anybody in. `code` is an entry of the catalogue; `detail` never contains the token.
+class TokenRefused(Refusal):
+    """The token does not let anybody in. `detail` never contains the token.
 
     Codes: `token_too_large`, `token_malformed`, `token_algorithm`, `token_key_unknown`, `token_signature`,
     `token_claims`, `token_expired`, `token_not_yet_valid`.
     """
-
-    def __init__(self, code: str, detail: str) -> None:
-        super().__init__(f"{code}: {detail}")
-        self.code = code
-        self.detail = detail
 
 
 class Verified(msgspec.Struct, frozen=True):
@@ -169,7 +160,7 @@ class TokenVerifier:
         if len(token) > TOKEN_BYTES_MAX:
             raise TokenRefused("token_too_large", f"a token has at most {TOKEN_BYTES_MAX} bytes")
         raw = _ascii(token)
-        now = self._clock.now()
+        now = self._clock.now_ms()
         keyring = self._keyring(app)
         digest = hashlib.sha256(raw).digest()
         known = self._known.get(digest)

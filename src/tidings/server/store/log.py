@@ -79,14 +79,14 @@ async def insert_stream(
 
 async def stream(tx: Tx, sid: int) -> StreamRow | None:
     """The stream numbered `sid`."""
-    row = await tx.one(f"SELECT {_STREAM} FROM streams WHERE sid=?", sid)  # noqa: S608 - constant columns
+    row = await tx.one(f"SELECT {_STREAM} FROM streams WHERE sid=?", sid)
     return StreamRow(*row) if row else None
 
 
 async def stream_of(tx: Tx, app: int, kind: str, ref: str) -> StreamRow | None:
     """The stream of a channel or user, by its public id."""
     row = await tx.one(
-        f"SELECT {_STREAM} FROM streams WHERE app=? AND kind=? AND ref=?",  # noqa: S608 - constant columns
+        f"SELECT {_STREAM} FROM streams WHERE app=? AND kind=? AND ref=?",
         app,
         kind,
         ref,

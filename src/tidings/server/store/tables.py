@@ -399,4 +399,5 @@ audit = Table(
     _text("target"),
     _text("detail", default="{}"),
     PrimaryKeyConstraint("app", "id"),
+    Index("audit_at", "app", "at", "id"),
 )
