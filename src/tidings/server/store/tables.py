@@ -331,12 +331,16 @@ messages = Table(
     Index("messages_key", "app", "sid", "sender", "key", unique=True),
     sqlite_with_rowid=False,
 )
-# Few rows: deletions of counted messages, subtracted from unread counts.
+# Few rows: deletions of counted messages, subtracted from unread counts. It holds every column that counting reads:
+# SQLite would walk the primary key otherwise, through everything that is unread.
 Index(
     "messages_deleted",
     messages.c.app,
     messages.c.sid,
     messages.c.seq,
+    messages.c.flags,
+    messages.c.sender,
+    messages.c.deleted_at,
     sqlite_where=messages.c.deleted_at.is_not(None),
     postgresql_where=messages.c.deleted_at.is_not(None),
 )
