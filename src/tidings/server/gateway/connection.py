@@ -215,19 +215,7 @@ class Connection(Peer):
         def done(outcome: Appended | Exception) -> None:
             if type(outcome) is Appended:
                 self.session.answered()
-                if ref is not None:
-                    self.send(
-                        encode(
-                            MessageSent(
-                                ref=ref,
-                                channel=channel,
-                                id=outcome.message_id,
-                                seq=outcome.seq,
-                                at=time_of(outcome.at),
-                                duplicate=outcome.duplicate,
-                            )
-                        )
-                    )
+                self.sent(ref, channel, outcome)
             elif isinstance(outcome, Stale):
                 self.gateway.access.forget_channel(actor.app.app, channel)
                 self.gateway.tasks.spawn(self._execute(command), "send again")
@@ -276,6 +264,22 @@ class Connection(Peer):
         """Queue one frame."""
         if self.session.state is not State.CLOSED:
             self.gateway.hub.push(self, payload)
+
+    def sent(self, ref: int | None, channel: str, stored: Appended) -> None:
+        """Answer a `message.send`."""
+        if ref is not None:
+            self.send(
+                encode(
+                    MessageSent(
+                        ref=ref,
+                        channel=channel,
+                        id=stored.message_id,
+                        seq=stored.seq,
+                        at=time_of(stored.at),
+                        duplicate=stored.duplicate,
+                    )
+                )
+            )
 
     def refuse(self, refusal: Refusal, ref: int | None) -> None:
         """Answer with a refusal."""

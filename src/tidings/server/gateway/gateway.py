@@ -41,7 +41,6 @@ from tidings.wire.commands import (
     History,
     Limits,
     MarkUnread,
-    MessageSent,
     Ping,
     Pong,
     Position,
@@ -461,17 +460,14 @@ class Gateway:
         services = self.services
         match command:
             case SendMessage():
-                sent = await self.messages.send(actor, command.channel, draft_of(command), command.key)
-                return encode(
-                    MessageSent(
-                        ref=ref,
-                        channel=command.channel,
-                        id=sent.message_id,
-                        seq=sent.seq,
-                        at=time_of(sent.at),
-                        duplicate=sent.duplicate,
-                    )
+                await self.messages.send(
+                    actor,
+                    command.channel,
+                    draft_of(command),
+                    command.key,
+                    then=lambda stored: connection.sent(ref, command.channel, stored),
                 )
+                return None
             case EditMessage():
                 seq, _ = await self.messages.edit(
                     actor,

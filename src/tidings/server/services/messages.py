@@ -161,8 +161,17 @@ class Messages:
         self._submit(access, draft, key, done)
         return True
 
-    async def send(self, actor: Actor, channel_id: str, draft: Draft, key: str) -> Appended:
+    async def send(
+        self,
+        actor: Actor,
+        channel_id: str,
+        draft: Draft,
+        key: str,
+        then: Callable[[Appended], None] | None = None,
+    ) -> Appended:
         """Store a message and announce it. Once per (sender, channel, key), for ever: a retry gets the first result.
+
+        `then` is called after the commit and before anybody hears of the message: its sender is answered first.
 
         Raises NotFound, Forbidden, Refusal (`frozen`, `invalid_field`, `key_reused` …) or StoreUnavailable: then
         nothing is stored, unless an earlier try with this key was.
@@ -179,8 +188,10 @@ class Messages:
                     return
                 if isinstance(outcome, Exception):
                     future.set_exception(outcome)
-                else:
-                    future.set_result(outcome)
+                    return
+                if then is not None:
+                    then(outcome)
+                future.set_result(outcome)
 
             self._submit(access, draft, key, settle)
             try:
