@@ -1,0 +1,1 @@
+"""The Python SDK: chat as one device of one user (`Client`), or as a backend (`Rest`)."""
