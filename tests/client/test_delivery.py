@@ -229,6 +229,7 @@ async def test_a_new_epoch_is_told_and_the_stream_starts_over(server: FakeServer
         for n in range(5):
             server.append("c1", text=str(n))
         await take(events, 5)
+        await until(lambda: chat._streams.get("c1").epoch == "e1")
         server.epoch = "e2"
         server.streams["c1"] = server.streams["c1"][:2]
         server.clock += 1

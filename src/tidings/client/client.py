@@ -39,6 +39,7 @@ from ..wire.commands import (
     HeadsReply,
     Ping,
     Pong,
+    Position,
     PresenceReply,
     PresenceSignal,
     ReceiptsSignal,
@@ -437,7 +438,10 @@ class Client:
     def _set_state(
         self, state: State, reason: str = "", *, retry_in: float | None = None, transport: str | None = None
     ) -> None:
-        self._change = StateChange(state=state, reason=reason, retry_in=retry_in, transport=transport)
+        change = StateChange(state=state, reason=reason, retry_in=retry_in, transport=transport)
+        if change == self._change:
+            return
+        self._change = change
         log.debug("%s: %s %s", self._device.id, state, reason)
         for watcher in list(self._watchers):
             watcher.put(self._change)
@@ -998,6 +1002,8 @@ class Client:
         stream = self._streams.get(name)
         if stream is None:
             stream = self._streams.adopt_live(name, seq)
+            # Its epoch comes with the answer: without one, a restored backup could go unnoticed.
+            self._transmit(Sync(positions={name: Position(seq=stream.received)}))
         if seq != stream.received + 1:
             if stream.judge(seq) == "gap":
                 stream.behind = True
