@@ -208,6 +208,7 @@ _frame: Final = msgspec.json.Decoder(_WireEvent | commands.AnyReply | commands.A
 _unknown: Final = msgspec.json.Decoder(UnknownEvent)
 
 
+_event: Final = msgspec.json.Decoder(_WireEvent)
 EVENT_CLASSES: Final[tuple[type[Any], ...]] = (*_WireEvent.__args__, UnknownEvent)
 
 
@@ -218,4 +219,13 @@ def decode_frame(data: bytes) -> Frame:
         return frame
     except msgspec.ValidationError:
         # A newer server: a type or a value that is not in our list. Its place in the stream still counts.
+        return _unknown.decode(data)
+
+
+def decode_event(data: bytes) -> Event:
+    """One event of a stream. Raises msgspec.DecodeError when it is none."""
+    try:
+        event: Event = _event.decode(data)
+        return event
+    except msgspec.ValidationError:
         return _unknown.decode(data)

@@ -141,9 +141,13 @@ class Events:
         """Events in the queue now."""
         return len(self._feed.queue)
 
-    async def aclose(self) -> None:
+    def leave(self) -> None:
         """Stop. What was not acknowledged goes to the next iterator."""
         self._on_left(self._feed)
+
+    async def aclose(self) -> None:
+        """The same, as asynchronous iterators name it."""
+        self.leave()
 
     async def __aenter__(self) -> Events:
         return self
