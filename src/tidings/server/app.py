@@ -1,0 +1,264 @@
+"""The composition root: the one place that names concrete adapters; start-up, serving and drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import uvicorn
+
+from tidings.server.bus.base import AccessChanged, Left, Notice
+from tidings.server.bus.local import LocalBus
+from tidings.server.clock import Clock, Ids, SystemClock
+from tidings.server.config import Config
+from tidings.server.crypto.keyfile import KeyFile
+from tidings.server.crypto.keyring import Keyring
+from tidings.server.domain.netguard import OutboundPolicy
+from tidings.server.errors import UnsafeStore
+from tidings.server.gateway.endpoint import socket_protocol
+from tidings.server.gateway.gateway import Gateway
+from tidings.server.jobs.outbox import trim_outbox
+from tidings.server.outbound import GuardedClient
+from tidings.server.services import Services
+from tidings.server.services.access import AccessService
+from tidings.server.services.admin import Admin
+from tidings.server.services.apps import Apps
+from tidings.server.services.auth import Auth
+from tidings.server.services.change import Changes
+from tidings.server.services.channels import Channels
+from tidings.server.services.jwks import JwksCache
+from tidings.server.services.members import Members
+from tidings.server.services.messages import Messages
+from tidings.server.services.receipts import Receipts
+from tidings.server.services.sync import Sync
+from tidings.server.services.tokens import TokenVerifier
+from tidings.server.services.users import Users
+from tidings.server.store.sqlite import SqliteStore
+from tidings.server.tasks import Tasks
+from tidings.server.telemetry import Metrics, get_logger, watch_event_loop
+
+log = get_logger(__name__)
+
+DATABASE: Final = "tidings.db"
+# Connections waiting to be accepted: a reconnect storm of a few thousand must not be refused by the kernel.
+BACKLOG: Final = 4_096
+
+
+@dataclass(slots=True, frozen=True)
+class Core:
+    """Store, bus and use-cases: everything but the doors. What commands that work on the data use too."""
+
+    services: Services
+    bus: LocalBus
+    keyring: Keyring
+    changes: Changes
+    metrics: Metrics
+
+
+@asynccontextmanager
+async def open_core(
+    config: Config, *, clock: Clock | None = None, metrics: Metrics | None = None
+) -> AsyncIterator[Core]:
+    """Open the data directory and everything that works on it; closes it on the way out.
+
+    Raises UnsafeStore, KeyFileError, StoreCorrupt with what to do about it.
+    """
+    clock = clock or SystemClock()
+    metrics = metrics or Metrics()
+    path = config.data_dir / DATABASE
+    if config.store_synchronous != "full" and not config.allow_unsafe_store:
+        raise UnsafeStore(
+            f"store_synchronous = {config.store_synchronous!r} loses acknowledged messages at a power cut. "
+            "Set it to 'full', or say allow_unsafe_store = true if that is what you want."
+        )
+    fresh = not path.exists()
+    config.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    prepare_database(path)
+    # A database without its key file must not get a new one: nothing in it could be read with that.
+    keyring = Keyring(KeyFile(config.key_file, create=fresh or (not config.key_file.exists() and _is_empty(path))))
+    ids = Ids(clock)
+    store = SqliteStore(
+        path,
+        readers=config.store_readers,
+        synchronous=config.store_synchronous,
+        observe=_observer(metrics),
+    )
+    bus = LocalBus()
+    changes = Changes(store, bus)
+    apps = Apps(store, keyring)
+    policy = OutboundPolicy(hosts=tuple(config.jwks_allow_hosts))
+    access = AccessService(store, apps, keyring, changes)
+    bus.listen(_forgetter(apps, access))
+    users = Users(store, apps, changes, clock, ids)
+    jwks = JwksCache(GuardedClient(policy), monotonic=clock.monotonic)
+    auth = Auth(store, apps, changes, users, TokenVerifier(clock, jwks), bus, clock, ids)
+    services = Services(
+        store=store,
+        clock=clock,
+        ids=ids,
+        apps=apps,
+        access=access,
+        auth=auth,
+        admin=Admin(store, apps, changes, keyring, clock, ids, policy),
+        users=users,
+        channels=Channels(store, apps, access, changes, clock, ids),
+        members=Members(store, apps, access, changes, clock, ids),
+        messages=Messages(store, access, bus, clock, ids),
+        receipts=Receipts(store, access, bus, clock),
+        sync=Sync(store, access, keyring, bus, clock),
+    )
+    try:
+        yield Core(services, bus, keyring, changes, metrics)
+    finally:
+        await auth.close()
+        await jwks.aclose()
+        await store.close()
+
+
+def prepare_database(path: Path) -> None:
+    """Bring the schema up to this version."""
+    from tidings.server.store.migrations import migrate
+
+    migrate(path)
+
+
+def _is_empty(path: Path) -> bool:
+    from tidings.server.store.sqlite import connect
+
+    connection = connect(path)
+    try:
+        return not connection.execute("SELECT 1 FROM app_keys LIMIT 1").fetchall()
+    finally:
+        connection.close()
+
+
+def _observer(metrics: Metrics) -> Callable[[int, float], None]:
+    def observe(batch: int, seconds: float) -> None:
+        metrics.batch_size.observe(batch)
+        metrics.commit_seconds.observe(seconds)
+
+    return observe
+
+
+def _forgetter(apps: Apps, access: AccessService) -> Callable[[Notice], None]:
+    """What is remembered about access goes before anybody else hears of the change."""
+
+    def listen(notice: Notice) -> None:
+        if isinstance(notice, AccessChanged):
+            if notice.channel is not None:
+                access.forget_channel(notice.app, notice.channel)
+            elif notice.user is not None:
+                access.forget_user(notice.app, notice.user)
+            else:
+                apps.forget(notice.app)
+                access.forget_app(notice.app)
+        elif isinstance(notice, Left):
+            access.forget_channel(notice.app, notice.channel)
+
+    return listen
+
+
+class Server:
+    """One node: core, gateway and HTTP on one port."""
+
+    def __init__(self, config: Config, core: Core) -> None:
+        from tidings.server.rest import create_rest_app
+
+        self.config = config
+        self.core = core
+        services = core.services
+        self.gateway = Gateway(services, core.bus, config, services.clock, services.ids, core.metrics)
+        self._tasks = Tasks("server")
+        self.rest = create_rest_app(
+            services, config=config, metrics=core.metrics, draining=lambda: self.gateway.draining
+        )
+        self._uvicorn = _Uvicorn(
+            uvicorn.Config(
+                self.rest,
+                host=config.host,
+                port=config.port,
+                http="httptools",
+                ws=socket_protocol(self.gateway),  # type: ignore[arg-type]
+                loop="none",
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                date_header=False,
+                backlog=BACKLOG,
+                timeout_graceful_shutdown=int(config.drain_seconds) + 1,
+                ssl_certfile=None if config.tls_cert is None else str(config.tls_cert),
+                ssl_keyfile=None if config.tls_key is None else str(config.tls_key),
+            )
+        )
+
+    async def serve(self, *, ready: Callable[[], None] | None = None) -> None:
+        """Serve until asked to stop (SIGTERM, SIGINT), then drain."""
+        config = self.config
+        listener = listen(config.host, config.port)
+        loop = asyncio.get_running_loop()
+        stop = asyncio.Event()
+        with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, stop.set)
+        self.gateway.start()
+        receipts = self._tasks.spawn(self.core.services.receipts.run(), "receipts")
+        self._tasks.spawn(trim_outbox(self.core.services.store), "outbox")
+        self._tasks.spawn(watch_event_loop(self.core.metrics, self.core.services.clock), "event loop")
+        serving = self._tasks.spawn(self._uvicorn.serve(sockets=[listener]), "http")
+        self._uvicorn.when_started(ready)
+        waiting = self._tasks.spawn(stop.wait(), "stop")
+        await asyncio.wait({serving, waiting, receipts}, return_when=asyncio.FIRST_COMPLETED)
+        log.info("draining", connections=len(self.gateway.connections))
+        listener.close()
+        await self.gateway.drain(config.drain_seconds)
+        self._uvicorn.should_exit = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(config.drain_seconds):
+                await serving
+        await self._tasks.close()
+        log.info("stopped")
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without its signal handlers: the server that owns it hears them."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._ready: Callable[[], None] | None = None
+
+    def when_started(self, ready: Callable[[], None] | None) -> None:
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self.started and self._ready is not None:
+            self._ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Any:
+        yield
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    os.set_inheritable(listener.fileno(), False)
+    return listener

@@ -1,0 +1,1 @@
+"""The commands of the `tidings` command line, one module per noun."""

@@ -1,0 +1,397 @@
+"""What could go wrong on this machine, found before it does.
+
+Each check looks at one thing and returns findings; none of them changes anything, except that the fsync check writes
+and removes one small file in the data directory. `examine` runs them all. Printing is the command line's business.
+"""
+
+import datetime
+import os
+import resource
+import shutil
+import socket
+import sqlite3
+import stat
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cryptography import x509
+
+from tidings.server.clock import Clock, SystemClock
+from tidings.server.config import Config, ConfigError, load_config
+
+__all__ = ["Finding", "examine", "has_wal_reset_bug", "worst"]
+
+Status = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One result: `what` was found, in words with numbers, and what to `do` about it (empty when ok)."""
+
+    status: Status
+    name: str
+    what: str
+    do: str = ""
+
+
+# --- versions --------------------------------------------------------------------------------------------------------
+
+# RETURNING, which the store relies on, arrived in 3.35.
+SQLITE_MIN = (3, 35, 0)
+
+
+def has_wal_reset_bug(version: tuple[int, int, int]) -> bool:
+    """Whether this SQLite has the WAL-reset bug: 3.7.0 to 3.51.2, except the fixed branches 3.44.6+ and 3.50.7+.
+
+    Two connections that write or checkpoint at the same moment could, very rarely, corrupt the database.
+    Source: https://sqlite.org/wal.html#walresetbug
+    """
+    if version >= (3, 51, 3) or version < (3, 7, 0):
+        return False
+    return not any(version[:2] == fixed[:2] and version >= fixed for fixed in ((3, 44, 6), (3, 50, 7)))
+
+
+def check_python(version: tuple[int, int, int] = sys.version_info[:3]) -> Finding:
+    """Python is one that Tidings runs on."""
+    text = ".".join(map(str, version))
+    if version < (3, 11, 0):
+        return Finding("fail", "python", f"Python {text} is older than 3.11", "Install Python 3.11 or newer.")
+    return Finding("ok", "python", f"Python {text}")
+
+
+def check_sqlite(version: tuple[int, int, int] | None = None) -> Finding:
+    """SQLite is new enough, and free of the one known bug that could corrupt a database in WAL mode."""
+    version = version or sqlite3.sqlite_version_info[:3]
+    text = ".".join(map(str, version))
+    if version < SQLITE_MIN:
+        return Finding("fail", "sqlite", f"SQLite {text} is older than 3.35", "Install a newer libsqlite3.")
+    if has_wal_reset_bug(version):
+        return Finding(
+            "warn",
+            "sqlite",
+            f"SQLite {text} has the WAL-reset bug: two connections that write or checkpoint at the same moment "
+            "could, very rarely, corrupt the database. Tidings itself writes and checkpoints from one connection",
+            "Open the database with no other program while the server runs; use `tidings backup` for copies. "
+            "SQLite 3.51.3, 3.50.7 and 3.44.6 are free of the bug.",
+        )
+    return Finding("ok", "sqlite", f"SQLite {text}")
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest directory above it that exists."""
+    path = path.absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def check_data_dir(data_dir: Path) -> Finding:
+    """The data directory can be used by this user, and by nobody else."""
+    name = "data directory"
+    if not data_dir.exists():
+        above = _existing(data_dir)
+        if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+            return Finding(
+                "fail", name, f"{data_dir} does not exist and cannot be made in {above}", f"mkdir {data_dir}; chown it."
+            )
+        return Finding("ok", name, f"{data_dir} will be made at the first start")
+    if not data_dir.is_dir():
+        return Finding("fail", name, f"{data_dir} is not a directory", "Set data_dir to a directory.")
+    if not os.access(data_dir, os.R_OK | os.W_OK | os.X_OK):
+        return Finding("fail", name, f"{data_dir} cannot be written by this user", f"chown the directory {data_dir}.")
+    status = data_dir.stat()
+    if status.st_uid != os.geteuid():
+        return Finding(
+            "warn",
+            name,
+            f"{data_dir} belongs to user {status.st_uid}, and this is user {os.geteuid()}",
+            "Run the doctor as the user that runs the server, or chown the directory.",
+        )
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & 0o077:
+        return Finding("warn", name, f"{data_dir} is open to others (mode {mode:04o})", f"chmod 700 {data_dir}")
+    return Finding("ok", name, f"{data_dir}, mode {mode:04o}")
+
+
+def check_key_file(key_file: Path) -> Finding:
+    """The root key is readable by its owner only."""
+    name = "root key"
+    try:
+        status = key_file.stat()
+    except FileNotFoundError:
+        return Finding("ok", name, f"{key_file} will be made at the first start")
+    except OSError as error:
+        return Finding("fail", name, f"{key_file} cannot be looked at: {error.strerror}", "Check the directory's mode.")
+    if not stat.S_ISREG(status.st_mode):
+        return Finding("fail", name, f"{key_file} is not a file", "Set key_file to a file.")
+    if not os.access(key_file, os.R_OK):
+        return Finding("fail", name, f"{key_file} cannot be read by this user", f"chown the file {key_file}.")
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & 0o077:
+        return Finding(
+            "fail",
+            name,
+            f"{key_file} is open to others (mode {mode:04o})",
+            f"chmod 600 {key_file}; if others could read it, rotate it with `tidings keys rotate`.",
+        )
+    return Finding("ok", name, f"{key_file}, mode {mode:04o}")
+
+
+# Under one gigabyte a busy day, or one checkpoint held up by a backup, may fill the disk; under 100 MB it soon does.
+_FREE_WARN_BYTES, _FREE_FAIL_BYTES = 1 << 30, 100 << 20
+_FREE_WARN_SHARE = 0.10
+
+
+def check_disk_space(data_dir: Path, usage: Callable[[Path], tuple[int, int, int]] = shutil.disk_usage) -> Finding:
+    """There is room to grow. `usage` gives total, used and free bytes."""
+    total, _, free = usage(_existing(data_dir))
+    share = free / total if total else 0.0
+    what = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f} ({share:.0%})"
+    if free < _FREE_FAIL_BYTES:
+        return Finding("fail", "disk space", what, "Free some space: with a full disk, sends are refused.")
+    if free < _FREE_WARN_BYTES or share < _FREE_WARN_SHARE:
+        return Finding("warn", "disk space", what, "Make room, or move data_dir to a larger disk.")
+    return Finding("ok", "disk space", what)
+
+
+_NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "glusterfs", "afs", "lustre", "virtiofs"})
+_VOLATILE = frozenset({"tmpfs", "ramfs"})
+
+
+def filesystem_of(path: Path, mounts: str | None = None) -> str:
+    """The type of the filesystem that holds `path`, from /proc/self/mounts; `unknown` where there is none."""
+    if mounts is None:
+        try:
+            mounts = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return "unknown"
+    target = _existing(path).resolve()
+    best, kind = Path(), "unknown"
+    for line in mounts.splitlines():
+        fields = line.split()
+        if len(fields) < 3:
+            continue
+        # The kernel writes spaces in paths as \040. The last mount over a directory is the one that is seen.
+        point = Path(fields[1].replace("\\040", " "))
+        if target.is_relative_to(point) and len(point.parts) >= len(best.parts):
+            best, kind = point, fields[2]
+    return kind
+
+
+def check_filesystem(data_dir: Path, kind: str | None = None) -> Finding:
+    """The data directory is on a disk of this machine, and one that outlives it."""
+    kind = kind or filesystem_of(data_dir)
+    name = "filesystem"
+    if kind in _NETWORK or kind.startswith("fuse"):
+        return Finding(
+            "warn",
+            name,
+            f"{data_dir} is on {kind}: SQLite's locks and shared memory are not reliable there",
+            "Move data_dir to a local disk.",
+        )
+    if kind in _VOLATILE:
+        return Finding("warn", name, f"{data_dir} is on {kind}: gone after a reboot", "Move data_dir to a disk.")
+    if kind == "overlay":
+        return Finding(
+            "warn", name, f"{data_dir} is inside a container: gone with it", "Mount a volume and put data_dir there."
+        )
+    return Finding("ok", name, f"{data_dir} is on {kind}")
+
+
+# A disk of 2010 rotates in 8 ms; two orders below that, nothing can have reached a disk.
+_FSYNC_SLOW_SECONDS, _FSYNC_SUSPICIOUS_SECONDS = 0.020, 0.000_02
+_FSYNC_ROUNDS = 20
+
+
+def measure_fsync(directory: Path, rounds: int = _FSYNC_ROUNDS) -> float:
+    """Median seconds of writing 4 KiB and fsync, in a file that is removed again. Raises OSError."""
+    taken = []
+    with tempfile.NamedTemporaryFile(dir=directory, prefix=".doctor-") as file:
+        for _ in range(rounds):
+            begun = time.perf_counter()
+            os.write(file.fileno(), bytes(4096))
+            os.fsync(file.fileno())
+            taken.append(time.perf_counter() - begun)
+    return statistics.median(taken)
+
+
+def check_fsync(data_dir: Path, measure: Callable[[Path], float] = measure_fsync) -> Finding:
+    """fsync works and takes a plausible time: every acknowledgement waits for one."""
+    name = "fsync"
+    directory = _existing(data_dir)
+    try:
+        seconds = measure(directory)
+    except OSError as error:
+        return Finding("fail", name, f"does not work in {directory}: {error.strerror}", "Choose another data_dir.")
+    what = f"{seconds * 1000:.2f} ms (median of {_FSYNC_ROUNDS})"
+    if seconds > _FSYNC_SLOW_SECONDS:
+        return Finding("warn", name, what + ": each send waits for this", "Use a faster disk, best an SSD.")
+    if seconds < _FSYNC_SUSPICIOUS_SECONDS:
+        return Finding(
+            "warn",
+            name,
+            what + ": too fast to have reached a disk",
+            "Make sure that nothing (tmpfs, eatmydata, a virtual disk with unsafe caching) swallows fsync.",
+        )
+    return Finding("ok", name, what)
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
+
+# Tokens and certificates of any use are newer than this program.
+_YEAR_MIN, _YEAR_MAX = 2025, 2100
+_CLOCK_SAMPLE_SECONDS, _CLOCK_DRIFT_MAX_SECONDS = 0.05, 0.02
+
+
+def check_clock(clock: Clock | None = None, wait: Callable[[float], None] = time.sleep) -> Finding:
+    """The wall clock shows a plausible year and runs as fast as the monotonic one."""
+    clock = clock or SystemClock()
+    name = "clock"
+    wall, monotonic = clock.now_ms(), clock.monotonic()
+    wait(_CLOCK_SAMPLE_SECONDS)
+    drift = abs((clock.now_ms() - wall) / 1000 - (clock.monotonic() - monotonic))
+    now = datetime.datetime.fromtimestamp(wall / 1000, datetime.UTC)
+    what = f"{now:%Y-%m-%d %H:%M:%S} UTC"
+    if not _YEAR_MIN <= now.year <= _YEAR_MAX:
+        return Finding("fail", name, what + ": tokens will be refused", "Set the clock and run an NTP service.")
+    if drift > _CLOCK_DRIFT_MAX_SECONDS:
+        return Finding("warn", name, f"{what}; it just jumped by {drift:.2f} s", "Look at the NTP service.")
+    return Finding("ok", name, what)
+
+
+def check_time_sync(
+    command: tuple[str, ...] = ("timedatectl", "show", "--property=NTPSynchronized", "--value"),
+) -> Finding:
+    """The clock is kept by NTP, where systemd can say so."""
+    name = "time service"
+    try:
+        # Two seconds: it answers at once or hangs on a bus that is not there.
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=2, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return Finding("ok", name, "cannot be asked here (no timedatectl)")
+    match answer.stdout.strip() if answer.returncode == 0 else "":
+        case "yes":
+            return Finding("ok", name, "the clock is synchronised")
+        case "no":
+            return Finding("warn", name, "the clock is not synchronised", "Run an NTP service (chrony, timesyncd).")
+        case _:
+            return Finding("ok", name, "cannot be asked here (no systemd)")
+
+
+# Database, log, listening sockets, pipes, outbound requests.
+_FILES_RESERVE = 256
+
+
+def check_open_files(connections_max: int, limits: tuple[int, int] | None = None) -> Finding:
+    """The process may open a file for every connection. `limits` are the soft and the hard one."""
+    soft, hard = limits or resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = connections_max + _FILES_RESERVE
+    what = f"{hard} allowed, {need} needed for connections_max = {connections_max}"
+    if hard != resource.RLIM_INFINITY and hard < need:
+        return Finding(
+            "warn", "open files", what, f"Raise the limit (LimitNOFILE={need} in systemd), or lower connections_max."
+        )
+    if soft != resource.RLIM_INFINITY and soft < need:
+        return Finding(
+            "warn", "open files", f"{soft} allowed, {need} needed", f"ulimit -n {need} (the hard limit allows it)."
+        )
+    return Finding("ok", "open files", what if hard != resource.RLIM_INFINITY else "no limit")
+
+
+def check_port(host: str, port: int) -> Finding:
+    """Nobody listens there yet, and this user may."""
+    where = f"{host}:{port}"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as candidate:
+            candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            candidate.bind(address)
+            candidate.listen(1)
+    except OSError as error:
+        do = "Stop what listens there (`ss -ltnp` names it), or set another port. Fine if it is this server."
+        if isinstance(error, PermissionError):
+            do = "Choose a port from 1024 up, or allow it (AmbientCapabilities=CAP_NET_BIND_SERVICE in systemd)."
+        elif isinstance(error, socket.gaierror):
+            do = "Set host to an address of this machine."
+        return Finding("warn", "port", f"{where}: {error.strerror}", do)
+    return Finding("ok", "port", f"{where} is free")
+
+
+# Time to notice, ask for a new one and install it.
+_CERTIFICATE_WARN_DAYS = 21
+
+
+def check_certificate(path: Path, now: datetime.datetime) -> Finding:
+    """The certificate can be read and is valid for a while yet. `now` is aware."""
+    name = "certificate"
+    try:
+        certificate = x509.load_pem_x509_certificates(path.read_bytes())[0]
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no PEM certificate in it"
+        return Finding("fail", name, f"{path}: {reason}", "Set tls_cert to a PEM file, the server's certificate first.")
+    until = certificate.not_valid_after_utc
+    days = (until - now).days
+    what = f"valid until {until:%Y-%m-%d} ({days} days)"
+    if now < certificate.not_valid_before_utc:
+        return Finding(
+            "fail", name, f"not valid before {certificate.not_valid_before_utc:%Y-%m-%d}", "Check the clock."
+        )
+    if now >= until:
+        return Finding("fail", name, f"expired on {until:%Y-%m-%d}", "Renew it.")
+    if days < _CERTIFICATE_WARN_DAYS:
+        return Finding("warn", name, what, "Renew it soon.")
+    return Finding("ok", name, what)
+
+
+# --- all together ----------------------------------------------------------------------------------------------------
+
+
+def examine(
+    *,
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    overrides: Mapping[str, object] | None = None,
+) -> Iterator[Finding]:
+    """Every check, in order, as each finishes. The arguments are those of `load_config`.
+
+    With a configuration that is not valid, its problems come first and the rest is examined with the defaults.
+    """
+    try:
+        config = load_config(file=file, environ=environ, overrides=overrides)
+        yield Finding("ok", "configuration", "valid")
+    except ConfigError as error:
+        for problem in error.problems:
+            yield Finding("fail", "configuration", str(problem), "docs/reference/configuration.md lists every setting.")
+        config = Config()
+    if config.store_synchronous != "full":
+        yield Finding("warn", "store", "may lose acknowledged messages", "Set store_synchronous = full.")
+    yield check_python()
+    yield check_sqlite()
+    yield check_data_dir(config.data_dir)
+    yield check_key_file(config.key_file)
+    yield check_disk_space(config.data_dir)
+    yield check_filesystem(config.data_dir)
+    yield check_fsync(config.data_dir)
+    yield check_clock()
+    yield check_time_sync()
+    yield check_open_files(config.connections_max)
+    if config.port:
+        yield check_port(config.host, config.port)
+    if config.tls_cert is not None:
+        yield check_certificate(config.tls_cert, datetime.datetime.now(datetime.UTC))
+
+
+def worst(findings: Iterable[Finding]) -> Status:
+    """The gravest status among them: fail, else warn, else ok."""
+    found = {finding.status for finding in findings}
+    return "fail" if "fail" in found else "warn" if "warn" in found else "ok"

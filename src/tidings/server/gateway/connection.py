@@ -1,0 +1,366 @@
+"""A connection: a session with a peer's place in the hub and the commands under way.
+
+Transport-neutral: `gateway.endpoint` gives it a WebSocket, `gateway.http` a queue that HTTP requests read.
+Commands take effect in the order in which they came. A send that can be decided from memory goes straight to the
+store, and the next command need not wait for its commit; whatever has to wait for something holds back what follows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING
+
+from tidings.server.bus.base import Revoked
+from tidings.server.errors import Refusal
+from tidings.server.services.access import Actor
+from tidings.server.services.auth import Authenticated
+from tidings.server.services.messages import Draft
+from tidings.server.store.base import Appended, Stale
+from tidings.server.telemetry import get_logger
+from tidings.wire.codec import encode
+from tidings.wire.commands import (
+    Ack,
+    AnyCommand,
+    Connect,
+    ErrorReply,
+    MessageSent,
+    Ping,
+    Pong,
+    SendMessage,
+)
+from tidings.wire.ids import time_of
+from tidings.wire.problems import CATALOGUE
+
+from .hub import Peer, Stream
+from .session import Answer, Close, Run, Session, State
+
+if TYPE_CHECKING:
+    from .gateway import Gateway
+
+log = get_logger(__name__)
+
+
+class Connection(Peer):
+    """One device's connection. Subclasses implement `write` and `end`."""
+
+    __slots__ = (
+        "_busy",
+        "_catching",
+        "_pending",
+        "_stale_actor",
+        "actor",
+        "address",
+        "ended",
+        "entering",
+        "gateway",
+        "granted",
+        "header_token",
+        "last_mark",
+        "left_while_entering",
+        "session",
+        "transport_paused",
+        "typing",
+        "visible",
+        "watching",
+    )
+
+    def __init__(self, gateway: Gateway, address: str, header_token: str | None) -> None:
+        super().__init__(gateway.new_session_id())
+        self.gateway = gateway
+        self.address = address
+        # From the `Authorization` header of the upgrade; the first frame may then leave the token out.
+        self.header_token = header_token
+        self.session = Session(gateway.session_limits, gateway.clock.monotonic())
+        self.granted: Authenticated | None = None
+        self.actor: Actor | None = None
+        self.ended = False
+        self.entering = False
+        self.left_while_entering: set[int] = set()
+        self.transport_paused = False
+        self.last_mark = ""
+        self.visible = False
+        # Channels this user is shown as typing in, by sid: when the last signal went out.
+        self.typing: dict[int, float] = {}
+        self.watching: set[tuple[int, str]] = set()
+        self._pending: deque[AnyCommand] = deque()
+        self._busy = False
+        self._catching: asyncio.Task[None] | None = None
+        self._stale_actor = False
+
+    # ------------------------------------------------------------ from the transport
+
+    def receive(self, data: bytes) -> None:
+        """A complete text message has come."""
+        action = self.session.receive(data, self.gateway.clock.monotonic())
+        if type(action) is Run:
+            command = action.command
+            if self._busy or self._pending:
+                self._pending.append(command)
+            else:
+                self._start(command)
+        elif isinstance(action, Answer):
+            self.refuse(action.refusal, action.ref)
+        elif isinstance(action, Close):
+            self.close(action.refusal, action.ref)
+
+    def control(self) -> None:
+        """A ping or pong has come."""
+        close = self.session.control(self.gateway.clock.monotonic())
+        if close is not None:
+            self.close(close.refusal)
+
+    def tick(self, now: float) -> None:
+        """Time has passed."""
+        close = self.session.tick(now)
+        if close is not None:
+            self.close(close.refusal)
+
+    def pause(self) -> None:
+        """The transport holds more than it should: nothing more to write, nothing more to read."""
+        self.transport_paused = True
+        self.paused = True
+
+    def resume(self) -> None:
+        """The transport has room again."""
+        self.transport_paused = False
+        self.paused = self.entering
+        self.fell_behind()
+
+    def gone(self) -> None:
+        """The transport has ended, by whomever."""
+        self.session.closed()
+        self._pending.clear()
+        if self._catching is not None:
+            self._catching.cancel()
+        self.gateway.forget(self)
+
+    # ------------------------------------------------------------ commands
+
+    def _start(self, command: AnyCommand) -> None:
+        kind = type(command)
+        if not self._stale_actor:
+            if kind is SendMessage and self._send_now(command):  # type: ignore[arg-type]
+                return
+            if kind is Ping:
+                self._pong(command.ref)
+                return
+            if kind is Ack:
+                self._ack(command)  # type: ignore[arg-type]
+                return
+        self._busy = True
+        self.gateway.tasks.spawn(self._run(command), "command")
+
+    async def _run(self, command: AnyCommand) -> None:
+        try:
+            while True:
+                await self._execute(command)
+                # What came meanwhile: hot commands go on without a task of their own.
+                self._busy = False
+                while self._pending and not self._busy and self.session.state is not State.CLOSED:
+                    following = self._pending.popleft()
+                    kind = type(following)
+                    if not self._stale_actor and (
+                        (kind is SendMessage and self._send_now(following))  # type: ignore[arg-type]
+                        or (kind is Ping and self._pong(following.ref))
+                    ):
+                        continue
+                    command = following
+                    self._busy = True
+                if not self._busy:
+                    return
+        finally:
+            self._busy = False
+
+    async def _execute(self, command: AnyCommand) -> None:
+        ref = command.ref
+        try:
+            if isinstance(command, Connect):
+                await self.gateway.connect(self, command)
+                return
+            if self._stale_actor:
+                await self._refresh()
+            assert self.actor is not None, "commands run after `connect`"
+            reply = await self.gateway.dispatch(self, self.actor, command)
+        except Refusal as refusal:
+            self._answered()
+            if isinstance(command, Connect):
+                self.close(refusal, ref)
+            else:
+                self.refuse(refusal, ref)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            self._answered()
+            log.error("command_failed", command=type(command).__name__, session=self.id, exc_info=error)
+            internal = Refusal("internal", "Something went wrong on our side; it has been logged.")
+            if isinstance(command, Connect):
+                self.close(internal, ref)
+            else:
+                self.refuse(internal, ref)
+        else:
+            self._answered()
+            if reply is not None and ref is not None:
+                self.send(reply)
+
+    def _answered(self) -> None:
+        self.session.answered()
+
+    def _send_now(self, command: SendMessage) -> bool:
+        actor = self.actor
+        if actor is None:
+            return False
+        ref, channel = command.ref, command.channel
+
+        def done(outcome: Appended | Exception) -> None:
+            if type(outcome) is Appended:
+                self.session.answered()
+                self.sent(ref, channel, outcome)
+            elif isinstance(outcome, Stale):
+                self.gateway.access.forget_channel(actor.app.app, channel)
+                self.gateway.tasks.spawn(self._execute(command), "send again")
+            elif isinstance(outcome, Refusal):
+                self.session.answered()
+                self.refuse(outcome, ref)
+            else:
+                self.session.answered()
+                log.error("append_failed", session=self.id, exc_info=outcome)
+                self.refuse(Refusal("internal", "Something went wrong on our side; it has been logged."), ref)
+
+        try:
+            taken: bool = self.gateway.messages.send_now(actor, channel, draft_of(command), command.key, done)
+        except Refusal as refusal:
+            self.session.answered()
+            self.refuse(refusal, ref)
+            return True
+        return taken
+
+    def _pong(self, ref: int | None) -> bool:
+        self.session.answered()
+        if not self.behind:
+            self.last_mark = self.gateway.sync.mark()
+        self.send(encode(Pong(ref=ref, at=time_of(self.gateway.clock.now_ms()), mark=self.last_mark)))
+        return True
+
+    def _ack(self, command: Ack) -> None:
+        self.session.answered()
+        try:
+            self.gateway.acknowledge(self, command.positions)
+        except Refusal as refusal:
+            self.refuse(refusal, command.ref)
+            return
+        if command.ref is not None:
+            self.gateway.done(self, command.ref)
+
+    async def _refresh(self) -> None:
+        assert self.granted is not None
+        self._stale_actor = False
+        self.granted = await self.gateway.services.auth.recheck(self.granted)
+        self.actor = self.granted.actor
+
+    # ------------------------------------------------------------ to the transport
+
+    def send(self, payload: bytes) -> None:
+        """Queue one frame."""
+        if self.session.state is not State.CLOSED:
+            self.gateway.hub.push(self, payload)
+
+    def sent(self, ref: int | None, channel: str, stored: Appended) -> None:
+        """Answer a `message.send`."""
+        if ref is not None:
+            self.send(
+                encode(
+                    MessageSent(
+                        ref=ref,
+                        channel=channel,
+                        id=stored.message_id,
+                        seq=stored.seq,
+                        at=time_of(stored.at),
+                        duplicate=stored.duplicate,
+                    )
+                )
+            )
+
+    def refuse(self, refusal: Refusal, ref: int | None) -> None:
+        """Answer with a refusal."""
+        self.send(render_error(refusal, ref))
+
+    def close(self, refusal: Refusal, ref: int | None = None) -> None:
+        """Say why, then end the connection with the refusal's close code."""
+        if self.ended:
+            return
+        self.ended = True
+        self.session.closed()
+        self.gateway.hub.push(self, render_error(refusal, ref))
+        self.gateway.hub.flush()
+        self.gateway.counted_close(refusal.code)
+        self.end(CATALOGUE[refusal.code].close or 4002, refusal.code)
+        self.gateway.forget(self)
+
+    def end(self, code: int, reason: str) -> None:
+        """Close the transport with a close code."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------ from the hub
+
+    def fell_behind(self) -> None:
+        if self.entering or self.paused or not self.behind or self._catching is not None:
+            return
+        if all(position is None for position in self.behind.values()):
+            return
+        self._catching = self.gateway.tasks.spawn(self.gateway.catch_up(self), "catch-up")
+        self._catching.add_done_callback(self._caught_up)
+
+    def _caught_up(self, _task: asyncio.Task[None]) -> None:
+        self._catching = None
+        if self.session.state is State.OPEN:
+            self.fell_behind()
+
+    def unsubscribed(self, stream: Stream) -> None:
+        self.typing.pop(stream.sid, None)
+        if self.entering:
+            self.left_while_entering.add(stream.sid)
+
+    def revoked(self, notice: Revoked) -> None:
+        session = self.session
+        if session.state is State.CLOSED:
+            return
+        if notice.device is not None and notice.device != self.device:
+            return
+        if notice.jti is not None and notice.jti != session.jti:
+            return
+        if notice.before_ms is not None and (session.issued_at_ms is None or session.issued_at_ms >= notice.before_ms):
+            # Credentials that do not say when they were issued (a backend's key) are not a user's token.
+            return
+        self.close(Refusal(notice.code, "The credentials of this connection were withdrawn."))
+
+    def access_changed(self) -> None:
+        self._stale_actor = True
+
+
+def draft_of(command: SendMessage) -> Draft:
+    """The draft of a `message.send`."""
+    return Draft(
+        text=command.text,
+        mentions=command.mentions,
+        mention_all=command.mention_all,
+        reply_to=command.reply_to,
+        attachments=command.attachments,
+        custom=command.custom,
+        silent=command.silent,
+    )
+
+
+def render_error(refusal: Refusal, ref: int | None) -> bytes:
+    """The `error` frame of a refusal."""
+    return encode(
+        ErrorReply(
+            ref=ref,
+            code=refusal.code,
+            detail=refusal.detail,
+            retry=refusal.problem.retry.value,
+            field=refusal.field,
+            bound=refusal.bound,
+            retry_after_ms=refusal.retry_after_ms,
+        )
+    )

@@ -1,0 +1,677 @@
+"""The gateway: connections of one node, what their commands do, and how they catch up."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Final, assert_never
+
+import msgspec
+
+from tidings.server.bus.base import Bus, Signal
+from tidings.server.clock import Clock, Ids
+from tidings.server.config import Config
+from tidings.server.domain.permissions import Permission
+from tidings.server.errors import NotFound, Refusal
+from tidings.server.services import Services
+from tidings.server.services.access import Actor
+from tidings.server.services.apps import AppContext
+from tidings.server.services.messages import Edit
+from tidings.server.services.sync import OWN_STREAM, StreamHandle, check_position
+from tidings.server.tasks import Tasks
+from tidings.server.telemetry import Metrics, get_logger
+from tidings.wire import limits
+from tidings.wire.codec import encode
+from tidings.wire.commands import (
+    Ack,
+    AddReaction,
+    AnyCommand,
+    Authenticate,
+    Authenticated,
+    Connect,
+    Connected,
+    DeleteMessage,
+    DeviceInfo,
+    Done,
+    EditMessage,
+    GoingAway,
+    Heads,
+    HeadsReply,
+    History,
+    Limits,
+    MarkUnread,
+    Ping,
+    Pong,
+    Position,
+    PresenceReply,
+    Read,
+    ReadReply,
+    RemoveReaction,
+    SendMessage,
+    SetPresence,
+    StreamRefused,
+    Sync,
+    Synced,
+    Syncing,
+    Typing,
+    TypingSignal,
+    WatchPresence,
+)
+from tidings.wire.ids import time_of
+from tidings.wire.resources import Head
+
+from .connection import Connection, draft_of
+from .hub import Hub
+from .presence import PresenceBoard
+from .session import SessionLimits, State
+
+log = get_logger(__name__)
+
+# Events read from the log at a time: 200 KB of common messages, a few milliseconds of a reader.
+CATCH_UP_PAGE: Final = 500
+# Connections that read the log at the same time; the others wait, so that a reconnect storm shares the readers fairly.
+CATCH_UPS_MAX: Final = 8
+# How often connections are looked at for silence and expiry, seconds: half the precision of the shortest limit.
+TICK_SECONDS: Final = 0.5
+# A typing signal per user and channel in this time; it is shown for TYPING_SHOWN_MS.
+TYPING_SECONDS: Final = 2.0
+TYPING_SHOWN_MS: Final = 6_000
+# How often what idle streams should hold is compared with the store, seconds.
+RECHECK_SECONDS: Final = 1.0
+SEEN_SECONDS: Final = 1.0
+
+
+class HistoryPage(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, tag_field="type", tag="history"):
+    """`wire.commands.HistoryReply` with messages that are encoded already."""
+
+    ref: int | None = None
+    channel: str
+    messages: list[msgspec.Raw]
+    epoch: str
+    head: int
+    has_before: bool = False
+    has_after: bool = False
+
+
+class Gateway:
+    """Everything that connections share."""
+
+    def __init__(
+        self,
+        services: Services,
+        bus: Bus,
+        config: Config,
+        clock: Clock,
+        ids: Ids,
+        metrics: Metrics,
+        *,
+        rng: Callable[[], float] = random.random,
+    ) -> None:
+        self.services = services
+        self.access = services.access
+        self.messages = services.messages
+        self.sync = services.sync
+        self.bus = bus
+        self.config = config
+        self.clock = clock
+        self.metrics = metrics
+        self._ids = ids
+        self._rng = rng
+        self.tasks = Tasks("gateway")
+        self.hub = Hub(asyncio.get_running_loop(), on_flush=self._flushed)
+        self.presence = PresenceBoard(services.store, self.hub, clock, grace_seconds=config.presence_grace_seconds)
+        self.connections: set[Connection] = set()
+        self.by_address: dict[str, int] = {}
+        self.draining = False
+        self._catch_ups = asyncio.Semaphore(CATCH_UPS_MAX)
+        # Devices that connected since they were last written.
+        self._devices: dict[tuple[int, str, str], tuple[AppContext, DeviceInfo]] = {}
+        self._seen_devices: dict[tuple[int, str, str], Connection] = {}
+        self.session_limits = SessionLimits(
+            auth_timeout_seconds=config.auth_timeout_seconds,
+            heartbeat_seconds=config.heartbeat_seconds,
+            commands_per_second=config.session_rate_per_second,
+            commands_burst=config.session_burst,
+            in_flight_max=config.session_queue_max,
+            frame_bytes_max=config.frame_bytes_max,
+        )
+        bus.listen(self.hub.notice)
+
+    # ------------------------------------------------------------ life
+
+    def start(self) -> None:
+        """Begin to look after connections."""
+        self.tasks.spawn(self._tick(), "tick")
+        self.tasks.spawn(self._write_seen(), "seen")
+        self.tasks.spawn(self._recheck(), "recheck")
+
+    async def drain(self, seconds: float) -> None:
+        """Tell every client when to come back, spread over `reconnect_spread_seconds`, and close them."""
+        self.draining = True
+        self.sync.wake_all()
+        spread = self.config.reconnect_spread_seconds
+        for connection in list(self.connections):
+            wait = int(1000 * spread * self._rng())
+            connection.send(encode(GoingAway(reason="going_away", reconnect_in_ms=wait)))
+        self.hub.flush()
+        # What was accepted is answered before the line is cut.
+        deadline = self.clock.monotonic() + seconds
+        while self.clock.monotonic() < deadline and any(
+            connection.session.in_flight > 0 for connection in self.connections
+        ):
+            await asyncio.sleep(0.01)
+        for connection in list(self.connections):
+            connection.close(Refusal("going_away", "The server is restarting."))
+        await self._write_seen_once()
+        self.presence.close()
+        await self.tasks.close()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            now = self.clock.monotonic()
+            for connection in list(self.connections):
+                connection.tick(now)
+
+    async def _recheck(self) -> None:
+        while True:
+            await asyncio.sleep(RECHECK_SECONDS)
+            try:
+                if await self.services.store.changed_elsewhere():
+                    await self.changed_elsewhere()
+            except Refusal as refusal:
+                log.warning("recheck_failed", code=refusal.code)
+
+    async def changed_elsewhere(self) -> None:
+        """Another process has written to the store: trust nothing remembered, and read what streams have grown."""
+        self.access.forget_all()
+        self.services.apps.forget_all()
+        self.services.auth.forget_all()
+        for connection in list(self.connections):
+            connection.access_changed()
+        for connection in list(self.connections):
+            if connection.session.state is State.OPEN:
+                self.tasks.spawn(self._still_welcome(connection), "still welcome")
+        sids = list(self.hub.streams)
+        self.hub.recheck(await self.sync.heads_of(sids))
+
+    async def _still_welcome(self, connection: Connection) -> None:
+        if connection.granted is None:
+            return
+        try:
+            connection.granted = await self.services.auth.recheck(connection.granted)
+            connection.actor = connection.granted.actor
+        except Refusal as refusal:
+            if refusal.code != "unavailable":
+                connection.close(refusal)
+
+    # ------------------------------------------------------------ connections
+
+    def new_session_id(self) -> str:
+        """An id for a session."""
+        return self._ids.new_id("s_")
+
+    def admit(self, address: str) -> Refusal | None:
+        """Whether a connection from this address may be accepted."""
+        if self.draining:
+            return Refusal("going_away", "The server is restarting.", retry_after_ms=1000)
+        if len(self.connections) >= self.config.connections_max:
+            return Refusal(
+                "too_many_connections", "This server is full.", bound=self.config.connections_max, retry_after_ms=5000
+            )
+        if self.by_address.get(address, 0) >= self.config.connections_per_address:
+            return Refusal(
+                "too_many_connections",
+                "Too many connections from this address.",
+                bound=self.config.connections_per_address,
+                retry_after_ms=5000,
+            )
+        return None
+
+    def opened(self, connection: Connection) -> None:
+        """A transport is connected; the session is not yet."""
+        self.connections.add(connection)
+        self.by_address[connection.address] = self.by_address.get(connection.address, 0) + 1
+        self.metrics.connections.inc()
+
+    def forget(self, connection: Connection) -> None:
+        """A transport has ended. Idempotent."""
+        if connection not in self.connections:
+            return
+        self.connections.discard(connection)
+        left = self.by_address.get(connection.address, 1) - 1
+        if left:
+            self.by_address[connection.address] = left
+        else:
+            self.by_address.pop(connection.address, None)
+        self.metrics.connections.dec()
+        if connection.user:
+            for sid in connection.typing:
+                self._typing_ended(connection, sid)
+            self.hub.exit(connection)
+            self.presence.vanished(connection)
+            key = (connection.app, connection.user, connection.device)
+            if self._seen_devices.get(key) is connection:
+                del self._seen_devices[key]
+
+    def counted_close(self, code: str) -> None:
+        """A connection was closed by us, for this reason."""
+        self.metrics.closes.labels(code).inc()
+
+    def _flushed(self, peers: int, frames: int) -> None:
+        if peers:
+            self.metrics.flush_frames.observe(frames / peers)
+
+    # ------------------------------------------------------------ connect
+
+    async def connect(self, connection: Connection, command: Connect) -> None:
+        """Authenticate, subscribe, answer, and stream what is missing. Raises Refusal."""
+        if self.draining:
+            raise Refusal("going_away", "The server is restarting.", retry_after_ms=1000)
+        token = command.token or connection.header_token
+        if not token:
+            raise Refusal("unauthenticated", "`connect` needs a token.", field="token")
+        auth = self.services.auth
+        device = command.device
+        granted = await auth.authenticate(
+            token, app_hint=command.app, on_behalf_of=None, device=device.id, session=connection.id
+        )
+        actor = granted.actor
+        if actor.user is None:
+            raise Refusal(
+                "unauthenticated",
+                "A connection is a user's: connect with a user's token, not an API key.",
+                field="token",
+            )
+        if connection.ended:
+            return
+        self._devices[(actor.app.app, actor.user, device.id)] = (actor.app, device)
+        connection.granted, connection.actor = granted, actor
+        connection.app, connection.user, connection.device = actor.app.app, actor.user, device.id
+        # From here on the hub tells us what changes; what it sends waits until the snapshot is in place.
+        connection.entering = connection.paused = True
+        self.hub.enter(connection)
+        try:
+            entry = await self.sync.enter(actor, command.since)
+        except BaseException:
+            self.hub.exit(connection)
+            connection.user = ""
+            raise
+        if connection.ended:
+            return
+        connection.session.connected(
+            self.clock.monotonic(),
+            expires_at=self._expiry(granted.expires_at_ms),
+            issued_at_ms=granted.issued_at_ms,
+            jti=granted.jti,
+        )
+        key = (actor.app.app, actor.user, device.id)
+        older = self._seen_devices.get(key)
+        self._seen_devices[key] = connection
+        if older is not None and older is not connection:
+            older.close(Refusal("replaced", "This device has connected again."))
+        moved = {head.stream: head for head in entry.moved}
+        sids: dict[str, int] = {}
+        for membership in entry.memberships:
+            sid, name = membership.sid, membership.name
+            if sid in connection.left_while_entering:
+                continue
+            sids[name] = sid
+            stream = connection.streams.get(sid) or self.hub.join(
+                connection, sid, name, membership.epoch, membership.head
+            )
+            if command.since is not None:
+                if name not in moved and stream.head > membership.head:
+                    moved[name] = Head(stream=name, epoch=stream.epoch, head=stream.head)
+                if name in moved:
+                    connection.behind[sid] = None
+        connection.left_while_entering.clear()
+        refused: dict[str, StreamRefused] = {}
+        for name in command.positions:
+            if name in sids:
+                connection.behind[sids[name]] = None
+            else:
+                refused[name] = StreamRefused("not_found", "There is no such stream, or you may not see it.")
+        heads = [head for head in moved.values() if head.stream not in command.positions]
+        more = None
+        if len(heads) > limits.SYNC_STREAMS_MAX:
+            # The first page comes here; the client takes the rest with `heads`, from the same mark.
+            more = f"0.{entry.mark}"
+            heads = []
+        connection.last_mark = entry.mark
+        connection.entering = False
+        connection.paused = connection.transport_paused
+        connection.send(
+            encode(
+                Connected(
+                    ref=command.ref,
+                    session=connection.id,
+                    user=actor.user,
+                    device=device.id,
+                    server_time=time_of(self.clock.now_ms()),
+                    mark=entry.mark,
+                    heartbeat_seconds=max(1, int(self.config.heartbeat_seconds)),
+                    expires_at=None if granted.expires_at_ms is None else time_of(granted.expires_at_ms),
+                    limits=Limits(
+                        frame_bytes=self.config.frame_bytes_max,
+                        text_length=limits.TEXT_LENGTH_MAX,
+                        custom_bytes=limits.CUSTOM_BYTES_MAX,
+                        commands_per_second=self.config.session_rate_per_second,
+                        commands_burst=int(self.config.session_burst),
+                        in_flight=self.config.session_queue_max,
+                    ),
+                    moved=heads,
+                    more=more,
+                )
+            )
+        )
+        connection.visible = command.presence == "online"
+        self.presence.appeared(connection)
+        connection.session.answered()
+        if command.positions:
+            refused.update(
+                await self._resume(
+                    connection, actor, {name: at for name, at in command.positions.items() if name in sids}
+                )
+            )
+            if refused:
+                connection.send(encode(Syncing(streams=[], refused=refused)))
+        connection.fell_behind()
+
+    def _expiry(self, expires_at_ms: int | None) -> float | None:
+        if expires_at_ms is None:
+            return None
+        return self.clock.monotonic() + (expires_at_ms - self.clock.now_ms()) / 1000
+
+    # ------------------------------------------------------------ catching up
+
+    async def _resume(
+        self, connection: Connection, actor: Actor, positions: dict[str, Position]
+    ) -> dict[str, StreamRefused]:
+        """Put streams where the client says it is; why some of them cannot go on from there."""
+        refused: dict[str, StreamRefused] = {}
+        for name, position in positions.items():
+            try:
+                handle = await self.sync.handle(actor, name)
+            except Refusal as refusal:
+                refused[name] = StreamRefused(refusal.code, refusal.detail)
+                continue
+            stream = connection.streams.get(handle.sid)
+            if stream is None:
+                refused[name] = StreamRefused("not_found", "There is no such stream, or you may not see it.")
+                continue
+            problem = check_position(handle, stream.head, position)
+            if problem is not None:
+                refused[name] = StreamRefused(problem.code, problem.detail, handle.epoch, stream.head)
+                continue
+            connection.behind[handle.sid] = position.seq
+        return refused
+
+    async def catch_up(self, connection: Connection) -> None:
+        """Stream what the connection is behind on, page by page, as fast as it takes it, and switch it to live."""
+        handles: dict[int, StreamHandle] = {}
+        behind = connection.behind
+        while connection.session.state is State.OPEN and not connection.paused:
+            sid = next((sid for sid, position in behind.items() if position is not None), None)
+            if sid is None:
+                return
+            stream = connection.streams.get(sid)
+            position = behind[sid]
+            if stream is None or position is None:
+                behind.pop(sid, None)
+                continue
+            if position >= stream.head:
+                # Nothing is awaited between this comparison and the switch: what comes next is live.
+                del behind[sid]
+                connection.send(encode(Synced(stream=stream.name, epoch=stream.epoch, seq=stream.head)))
+                continue
+            handle = handles.get(sid)
+            if handle is None:
+                try:
+                    assert connection.actor is not None
+                    handle = handles[sid] = await self.sync.handle(connection.actor, stream.name)
+                except NotFound:
+                    behind.pop(sid, None)
+                    continue
+            async with self._catch_ups:
+                page = await self.sync.read(handle, position, CATCH_UP_PAGE)
+            # The world has moved while we read: a removed member gets nothing of the page.
+            if connection.streams.get(sid) is not stream or behind.get(sid) != position:
+                continue
+            if not page.events:
+                # The announcement came before the snapshot shows it, or nothing is left to show: look again shortly.
+                await asyncio.sleep(0.05)
+                continue
+            for _, payload in page.events:
+                connection.send(payload)
+            behind[sid] = page.events[-1][0]
+            self.metrics.catch_up_events.inc(len(page.events))
+            # Others get their turn with this connection's next stream.
+            behind[sid] = behind.pop(sid)
+            self.hub.flush()
+            await asyncio.sleep(0)
+
+    # ------------------------------------------------------------ commands
+
+    async def dispatch(self, connection: Connection, actor: Actor, command: AnyCommand) -> bytes | None:
+        """Do what a command asks; its encoded reply. Raises Refusal."""
+        ref = command.ref
+        services = self.services
+        match command:
+            case SendMessage():
+                await self.messages.send(
+                    actor,
+                    command.channel,
+                    draft_of(command),
+                    command.key,
+                    then=lambda stored: connection.sent(ref, command.channel, stored),
+                )
+                return None
+            case EditMessage():
+                seq, _ = await self.messages.edit(
+                    actor,
+                    command.channel,
+                    command.id,
+                    Edit(command.text, command.mentions, command.attachments, command.custom),
+                )
+                return encode(Done(ref=ref, seq=seq))
+            case DeleteMessage():
+                return encode(
+                    Done(
+                        ref=ref,
+                        seq=await self.messages.delete(actor, command.channel, command.id, hard=command.hard),
+                    )
+                )
+            case AddReaction() | RemoveReaction():
+                add = isinstance(command, AddReaction)
+                changed = await self.messages.react(actor, command.channel, command.id, command.emoji, add=add)
+                return encode(Done(ref=ref, seq=changed))
+            case History():
+                page = await self.messages.history(
+                    actor,
+                    command.channel,
+                    before=command.before,
+                    after=command.after,
+                    around=command.around,
+                    limit=command.limit,
+                )
+                return encode(
+                    HistoryPage(
+                        ref=ref,
+                        channel=command.channel,
+                        messages=[msgspec.Raw(message) for message in page.messages],
+                        epoch=page.epoch,
+                        head=page.head,
+                        has_before=page.has_before,
+                        has_after=page.has_after,
+                    )
+                )
+            case Sync():
+                return await self._sync(connection, actor, command)
+            case Heads():
+                moved, more, mark = await self.sync.heads(actor, command.since, command.cursor, command.limit)
+                return encode(HeadsReply(ref=ref, mark=mark, moved=moved, more=more))
+            case Read():
+                unread = await services.receipts.read(actor, command.channel, command.seq)
+                return encode(
+                    ReadReply(
+                        ref=ref,
+                        channel=command.channel,
+                        read=unread.read,
+                        unread=unread.unread,
+                        mentions=unread.mentions,
+                    )
+                )
+            case MarkUnread():
+                unread = await services.receipts.mark_unread(actor, command.channel, command.seq)
+                return encode(
+                    ReadReply(
+                        ref=ref,
+                        channel=command.channel,
+                        read=unread.read,
+                        unread=unread.unread,
+                        mentions=unread.mentions,
+                    )
+                )
+            case Typing():
+                await self._typing(connection, actor, command)
+                return encode(Done(ref=ref))
+            case SetPresence():
+                connection.visible = command.status == "online"
+                if connection.visible:
+                    self.presence.appeared(connection)
+                else:
+                    self.presence.hide(connection)
+                return encode(Done(ref=ref))
+            case WatchPresence():
+                return encode(PresenceReply(ref=ref, users=await self.presence.watch(connection, actor, command.users)))
+            case Authenticate():
+                return await self._authenticate(connection, actor, command)
+            case Ping():
+                return encode(Pong(ref=ref, at=time_of(self.clock.now_ms()), mark=connection.last_mark))
+            case Ack():
+                self.acknowledge(connection, command.positions)
+                return encode(Done(ref=ref))
+            case Connect():
+                raise Refusal("conflict", "This connection is connected already.")
+            case _:
+                assert_never(command)
+
+    async def _sync(self, connection: Connection, actor: Actor, command: Sync) -> bytes | None:
+        # Hold the streams first: what is announced while positions are checked must not overtake them.
+        for name in command.positions:
+            stream = self.hub.listening(connection, name)
+            if stream is not None:
+                connection.behind[stream.sid] = None
+        refused = await self._resume(connection, actor, command.positions)
+        streams = [name for name in command.positions if name not in refused]
+        connection.send(encode(Syncing(ref=command.ref, streams=streams, refused=refused)))
+        connection.fell_behind()
+        return None
+
+    async def _authenticate(self, connection: Connection, actor: Actor, command: Authenticate) -> bytes:
+        granted = await self.services.auth.authenticate(
+            command.token, app_hint=actor.app.id, on_behalf_of=None, device=actor.device, session=connection.id
+        )
+        fresh = granted.actor
+        if fresh.user != actor.user or fresh.app.app != actor.app.app or granted.expires_at_ms is None:
+            raise Refusal(
+                "token_claims", "The token is another user's: open another connection for them.", field="token"
+            )
+        connection.granted, connection.actor = granted, fresh
+        connection.session.authorised(
+            expires_at=self._expiry(granted.expires_at_ms), issued_at_ms=granted.issued_at_ms, jti=granted.jti
+        )
+        return encode(Authenticated(ref=command.ref, expires_at=time_of(granted.expires_at_ms)))
+
+    def acknowledge(self, connection: Connection, positions: dict[str, int]) -> None:
+        """This device has everything up to these seqs. Refused as a whole when one is ahead of what was sent."""
+        merged = []
+        for name, seq in positions.items():
+            stream = self.hub.listening(connection, name)
+            if stream is None:
+                # Left meanwhile, or never theirs: there is nothing to acknowledge.
+                continue
+            sent = connection.behind.get(stream.sid)
+            bound = stream.head if sent is None else sent
+            if seq > bound:
+                raise Refusal(
+                    "position_ahead",
+                    "More was acknowledged than was sent.",
+                    field=f"positions.{name}",
+                    bound=bound,
+                )
+            if name != OWN_STREAM:
+                merged.append((stream, seq))
+        receipts = self.services.receipts
+        for stream, seq in merged:
+            receipts.acknowledge(
+                app=connection.app,
+                user=connection.user,
+                device=connection.device,
+                sid=stream.sid,
+                channel=stream.name,
+                seq=seq,
+            )
+
+    def done(self, connection: Connection, ref: int) -> None:
+        """Answer that it is done."""
+        connection.send(encode(Done(ref=ref)))
+
+    # ------------------------------------------------------------ typing
+
+    async def _typing(self, connection: Connection, actor: Actor, command: Typing) -> None:
+        access = await self.access.channel(actor, command.channel, Permission.TYPING_SEND)
+        if not access.channel.type.definition.features.typing:
+            raise Refusal("feature_off", "Typing is switched off in this type of channel.")
+        sid, now = access.channel.sid, self.clock.monotonic()
+        last = connection.typing.get(sid)
+        if not command.on:
+            if last is not None:
+                del connection.typing[sid]
+                self._typing_ended(connection, sid)
+            return
+        if last is not None and now - last < TYPING_SECONDS:
+            return
+        connection.typing[sid] = now
+        self.bus.publish(
+            Signal(
+                connection.app,
+                encode(TypingSignal(channel=command.channel, user=connection.user, expires_in_ms=TYPING_SHOWN_MS)),
+                sid=sid,
+                skip_session=connection.id,
+            )
+        )
+
+    def _typing_ended(self, connection: Connection, sid: int) -> None:
+        stream = self.hub.streams.get(sid)
+        if stream is not None:
+            self.bus.publish(
+                Signal(
+                    connection.app,
+                    encode(TypingSignal(channel=stream.name, user=connection.user, on=False, expires_in_ms=0)),
+                    sid=sid,
+                    skip_session=connection.id,
+                )
+            )
+
+    # ------------------------------------------------------------ last seen
+
+    async def _write_seen(self) -> None:
+        while True:
+            await asyncio.sleep(SEEN_SECONDS)
+            await self._write_seen_once()
+
+    async def _write_seen_once(self) -> None:
+        """Devices that connected and users that were there, in one batch: a reconnect storm costs a few commits."""
+        seen = self.presence.take_seen()
+        devices, self._devices = self._devices, {}
+        users = self.services.users
+        for start in (
+            [users.register_device(app, user, device) for (_, user, _), (app, device) in devices.items()],
+            [users.record_seen(app, user, at) for (app, user), at in seen.items()],
+        ):
+            for result in await asyncio.gather(*start, return_exceptions=True):
+                if isinstance(result, BaseException):
+                    log.warning("seen_not_written", error=type(result).__name__)

@@ -1,0 +1,304 @@
+"""Loading things on behalf of someone: the one place that decides what is visible to whom.
+
+`channel` is the door to everything in a channel. What it found is remembered together with the stream's access
+version; every append carries that version and is refused as stale by the store if it has moved, so a decision that
+was overtaken by a removal never stores anything.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Final, TypeVar
+
+from tidings.server.crypto.base import AppKeyNotLoaded
+from tidings.server.crypto.keyring import Keyring, StreamCipher, WrappedStreamKey
+from tidings.server.domain.permissions import EVERYTHING, NONE, Grants, Permission, bit
+from tidings.server.errors import Forbidden, NotFound, StoreUnavailable
+from tidings.server.store.base import Stale, Store, Tx
+
+from .apps import AppContext, Apps, CompiledType
+from .change import Change, Changes
+
+T = TypeVar("T")
+
+# Decisions overtaken in a row before giving up: each needs another change of membership within microseconds.
+ATTEMPTS_MAX: Final = 8
+
+# Channels remembered: about 1 KB each with a few users.
+CHANNELS_MAX: Final = 50_000
+# People remembered per channel: a send by someone else costs one read.
+USERS_MAX: Final = 10_000
+
+_READ: Final = bit(Permission.CHANNEL_READ)
+
+
+@dataclass(slots=True, frozen=True)
+class Actor:
+    """Who asks: a user, an app's backend, or a backend in a user's name. `grants` hold everywhere in the app.
+
+    `via` names the credential for the audit trail: `user:<id>` or `key:<id>`.
+    """
+
+    app: AppContext
+    user: str | None
+    grants: Grants
+    via: str
+    device: str | None = None
+    session: str | None = None
+
+    def check(self, need: Permission) -> None:
+        """Refuse unless the app-level grants hold `need`. Raises Forbidden."""
+        if not self.grants & bit(need):
+            raise Forbidden(need.value)
+
+    def may(self, need: Permission) -> bool:
+        """Whether the app-level grants hold `need`."""
+        return bool(self.grants & bit(need))
+
+
+@dataclass(slots=True)
+class ChannelView:
+    """A channel as remembered, for everyone."""
+
+    app: int
+    id: str
+    sid: int
+    epoch: str
+    type: CompiledType
+    frozen: bool
+    access_version: int
+    cipher: StreamCipher
+    floor: int
+    users: dict[str, Member] = field(default_factory=dict)
+
+
+@dataclass(slots=True, frozen=True)
+class Member:
+    """What someone may do in a channel by membership, openness and relation, and whether they are a member."""
+
+    grants: Grants
+    is_member: bool
+    role: str | None
+    joined_seq: int
+
+
+@dataclass(slots=True, frozen=True)
+class Access:
+    """A channel through someone's eyes. `grants` are all they may do there."""
+
+    actor: Actor
+    channel: ChannelView
+    member: Member
+    grants: Grants
+
+    def check(self, need: Permission) -> None:
+        """Refuse unless `need` is granted: visibly if they may read the channel, else as if it were not there."""
+        if not self.grants & bit(need):
+            if self.grants & _READ:
+                raise Forbidden(need.value)
+            raise NotFound("channel", field="channel")
+
+    def may(self, need: Permission) -> bool:
+        """Whether `need` is granted here."""
+        return bool(self.grants & bit(need))
+
+    @property
+    def floor(self) -> int:
+        """Nothing at or before this seq is theirs to see."""
+        if self.member.is_member and self.channel.type.definition.history == "since_join":
+            return max(self.channel.floor, self.member.joined_seq)
+        return self.channel.floor
+
+
+_NOBODY: Final = Member(NONE, False, None, 0)
+_BACKEND: Final = Member(NONE, False, None, 0)
+
+
+class AccessService:
+    """Answers who may see and do what, from memory where it can."""
+
+    def __init__(self, store: Store, apps: Apps, keyring: Keyring, changes: Changes) -> None:
+        self._store = store
+        self._changes = changes
+        self._apps = apps
+        self._keyring = keyring
+        self._channels: OrderedDict[tuple[int, str], ChannelView] = OrderedDict()
+        # Grows with everything forgotten: what was read before that must not be remembered after it.
+        self._forgotten = 0
+
+    # ------------------------------------------------------------ the doors
+
+    def cached(self, actor: Actor, channel_id: str) -> Access | None:
+        """The channel through the actor if both are in memory: the hot path's door, which never waits."""
+        view = self._channels.get((actor.app.app, channel_id))
+        if view is None:
+            return None
+        if actor.user is None:
+            return Access(actor, view, _BACKEND, actor.grants)
+        member = view.users.get(actor.user)
+        if member is None:
+            return None
+        return Access(actor, view, member, Grants(actor.grants | member.grants))
+
+    async def channel(self, actor: Actor, channel_id: str, need: Permission) -> Access:
+        """Load a channel on behalf of someone who needs `need`.
+
+        Raises NotFound when there is no such channel or they may not know of it, Forbidden when they may read it
+        but not do this.
+        """
+        access = self.cached(actor, channel_id)
+        if access is None:
+            access = await self._load(actor, channel_id)
+        access.check(need)
+        return access
+
+    async def write(
+        self,
+        actor: Actor,
+        channel_id: str,
+        need: Permission,
+        unit: Callable[[Tx, Access], Awaitable[Change[T]]],
+    ) -> T:
+        """Run a unit that changes something in a channel, under the access that was checked for it.
+
+        The stream's row is locked first and its access version compared, so that a removal or a change of roles that
+        commits in between is seen: then access is decided again. Raises what `channel` and the unit raise.
+        """
+        for _ in range(ATTEMPTS_MAX):
+            access = await self.channel(actor, channel_id, need)
+
+            async def guarded(tx: Tx, access: Access = access) -> Change[T]:
+                row = await tx.one(
+                    "SELECT access_version FROM streams WHERE sid=?" + tx.for_update,
+                    access.channel.sid,
+                )
+                if row is None or row[0] != access.channel.access_version:
+                    raise Stale
+                return await unit(tx, access)
+
+            try:
+                return await self._changes.run(guarded)
+            except Stale:
+                self.forget_channel(actor.app.app, channel_id)
+        raise StoreUnavailable("the channel's members change too fast")
+
+    # ------------------------------------------------------------ forgetting
+
+    def forget_channel(self, app: int, channel_id: str) -> None:
+        """Who may do what in the channel has changed."""
+        self._forgotten += 1
+        self._channels.pop((app, channel_id), None)
+
+    def forget_user(self, app: int, user: str) -> None:
+        """The user's relations or role have changed."""
+        self._forgotten += 1
+        for (owner, _), view in self._channels.items():
+            if owner == app:
+                view.users.pop(user, None)
+
+    def forget_app(self, app: int) -> None:
+        """Roles, types or relations of the app have changed."""
+        self._forgotten += 1
+        for key in [key for key in self._channels if key[0] == app]:
+            del self._channels[key]
+
+    def forget_all(self) -> None:
+        """Another process has written: nothing remembered is certain."""
+        self._forgotten += 1
+        self._channels.clear()
+
+    # ------------------------------------------------------------ loading
+
+    async def _load(self, actor: Actor, channel_id: str) -> Access:
+        app = actor.app
+        forgotten = self._forgotten
+
+        async def unit(tx: Tx) -> tuple[tuple[object, ...], tuple[object, ...] | None, list[tuple[object, ...]]] | None:
+            row = await tx.one(
+                "SELECT c.sid, s.epoch, c.type, c.frozen, s.access_version, s.key_wrapped, s.key_version,"
+                " s.key_app_version, s.floor FROM channels c JOIN streams s ON s.sid=c.sid"
+                " WHERE c.app=? AND c.id=? AND c.deleted_at IS NULL",
+                app.app,
+                channel_id,
+            )
+            if row is None:
+                return None
+            if actor.user is None:
+                return row, None, []
+            member = await tx.one(
+                "SELECT role, joined_seq FROM members WHERE app=? AND sid=? AND user=?", app.app, row[0], actor.user
+            )
+            related = await tx.all(
+                "SELECT DISTINCT r.kind FROM relations r JOIN members m ON m.app=r.app AND m.sid=? AND m.user=r.other"
+                " WHERE r.app=? AND r.user=?",
+                row[0],
+                app.app,
+                actor.user,
+            )
+            return row, member, related
+
+        found = await self._store.read(unit)
+        if found is None:
+            raise NotFound("channel", field="channel")
+        row, member_row, related = found
+        sid, epoch, type_name, frozen, version, wrapped, key_version, key_app_version, floor = row
+        compiled = app.types.get(str(type_name)) or app.types["group"]
+        key = (app.app, channel_id)
+        view = self._channels.get(key)
+        if view is None or view.access_version != version or view.sid != sid:
+            stream_key = WrappedStreamKey(
+                version=int(str(key_version)),
+                app_key_version=int(str(key_app_version)),
+                wrapped=bytes(wrapped),  # type: ignore[call-overload]
+            )
+            view = ChannelView(
+                app=app.app,
+                id=channel_id,
+                sid=int(str(sid)),
+                epoch=str(epoch),
+                type=compiled,
+                frozen=bool(frozen),
+                access_version=int(str(version)),
+                cipher=await self.cipher(app, int(str(sid)), stream_key),
+                floor=int(str(floor)),
+            )
+            if forgotten == self._forgotten:
+                self._channels[key] = view
+                if len(self._channels) > CHANNELS_MAX:
+                    self._channels.popitem(last=False)
+        else:
+            self._channels.move_to_end(key)
+        if actor.user is None:
+            return Access(actor, view, _BACKEND, actor.grants)
+        grants = int(compiled.everyone)
+        member = _NOBODY
+        for (kind,) in related:
+            grants |= app.relation_roles.get(str(kind), NONE)
+        if member_row is not None:
+            role = str(member_row[0])
+            grants |= compiled.grants.get(role, NONE)
+            member = Member(Grants(grants), True, role, int(str(member_row[1])))
+        elif grants:
+            member = Member(Grants(grants), False, None, 0)
+        if forgotten == self._forgotten:
+            if len(view.users) >= USERS_MAX:
+                view.users.clear()
+            view.users[actor.user] = member
+        return Access(actor, view, member, Grants(actor.grants | member.grants))
+
+    async def cipher(self, app: AppContext, sid: int, key: WrappedStreamKey) -> StreamCipher:
+        """The cipher of a stream, reading the keys of its app again if another process has rotated them."""
+        try:
+            return self._keyring.cipher(app.id, str(sid), key)
+        except AppKeyNotLoaded:
+            # Another process has rotated the app's key: read its keys again, once.
+            self._apps.forget(app.app)
+            await self._apps.get(app.id)
+            return self._keyring.cipher(app.id, str(sid), key)
+
+
+def backend_actor(app: AppContext, key_id: str, scopes: Grants = EVERYTHING) -> Actor:
+    """The app's own backend, with what its API key's scopes allow."""
+    return Actor(app, None, scopes, f"key:{key_id}")

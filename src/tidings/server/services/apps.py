@@ -1,0 +1,206 @@
+"""Apps in memory: settings, keys, roles and channel types, compiled for the hot path.
+
+An `AppContext` is immutable; a change makes a new one. Sessions and requests hold on to the context they came with
+only as long as one command takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from tidings.server.crypto.keyring import AppCipher, KeyPurpose, Keyring, WrappedKey, WrappedStreamKey
+from tidings.server.domain.permissions import (
+    BUILT_IN,
+    NONE,
+    PUBLIC_GRANTS,
+    Grants,
+    grants_of,
+)
+from tidings.server.errors import NotFound
+from tidings.server.store.base import Store, Tx
+from tidings.wire.resources import AppSettings, ChannelFeatures, ChannelType
+
+BUILT_IN_TYPES: dict[str, ChannelType] = {
+    "direct": ChannelType(
+        name="direct",
+        features=ChannelFeatures(),
+        default_role="member",
+        creator_role="member",
+        members_max=2,
+        direct=True,
+        built_in=True,
+    ),
+    "group": ChannelType(name="group", features=ChannelFeatures(), built_in=True),
+    "public": ChannelType(name="public", features=ChannelFeatures(), public=True, built_in=True),
+}
+
+
+@dataclass(slots=True, frozen=True)
+class CompiledType:
+    """A channel type with its grants as masks."""
+
+    definition: ChannelType
+    grants: dict[str, Grants]
+    # What everyone in the app may do in channels of this type.
+    everyone: Grants
+
+
+@dataclass(slots=True, frozen=True)
+class AppContext:
+    """One app, as everything that serves it needs it."""
+
+    app: int
+    id: str
+    name: str
+    created_at: int
+    settings: AppSettings
+    app_roles: dict[str, Grants]
+    channel_roles: dict[str, Grants]
+    relation_roles: dict[str, Grants]
+    types: dict[str, CompiledType]
+    # Signing keys, identity providers: rows as stored, made into a verifier's input by `services.tokens`.
+    signing: tuple[tuple[Any, ...], ...]
+    providers: tuple[tuple[Any, ...], ...]
+    cipher: AppCipher
+
+
+class Apps:
+    """Loads apps once and keeps them."""
+
+    def __init__(self, store: Store, keyring: Keyring) -> None:
+        self._store = store
+        self.keyring = keyring
+        self._by_id: dict[str, AppContext] = {}
+        self._by_number: dict[int, AppContext] = {}
+        # Grows with everything forgotten: what was read before that must not be remembered after it.
+        self._forgotten = 0
+
+    def cached(self, app_id: str) -> AppContext | None:
+        """The app if it is in memory."""
+        return self._by_id.get(app_id)
+
+    async def get(self, app_id: str) -> AppContext:
+        """The app by its public id. Raises NotFound."""
+        found = self._by_id.get(app_id)
+        if found is None:
+            found = await self._load("id", app_id)
+        return found
+
+    async def numbered(self, app: int) -> AppContext:
+        """The app by its number. Raises NotFound."""
+        found = self._by_number.get(app)
+        if found is None:
+            found = await self._load("app", app)
+        return found
+
+    def forget(self, app: int) -> None:
+        """Read the app anew at its next use: its settings, keys, roles or types have changed."""
+        self._forgotten += 1
+        found = self._by_number.pop(app, None)
+        if found is not None:
+            self._by_id.pop(found.id, None)
+
+    def forget_all(self) -> None:
+        """Read every app anew at its next use."""
+        self._forgotten += 1
+        self._by_id.clear()
+        self._by_number.clear()
+
+    async def _load(self, column: str, value: str | int) -> AppContext:
+        async def unit(tx: Tx) -> tuple[Any, ...] | None:
+            row = await tx.one(
+                f"SELECT app,id,name,settings,created_at FROM apps WHERE {column}=?",
+                value,
+            )
+            if row is None:
+                return None
+            app = row[0]
+            return (
+                row,
+                await tx.all("SELECT purpose,version,root_kid,wrapped FROM app_keys WHERE app=?", app),
+                await tx.all("SELECT scope,name,grants FROM roles WHERE app=?", app),
+                await tx.all("SELECT name,definition FROM channel_types WHERE app=?", app),
+                await tx.all(
+                    "SELECT kid,algorithm,sealed,public_key,status,created_at FROM signing_keys WHERE app=?", app
+                ),
+                await tx.all(
+                    "SELECT id,jwks_url,algorithms,cache_seconds,created_at FROM identity_providers WHERE app=?", app
+                ),
+            )
+
+        forgotten = self._forgotten
+        found = await self._store.read(unit)
+        if found is None:
+            raise NotFound("app")
+        (app, app_id, name, settings, created_at), keys, roles, types, signing, providers = found
+        for purpose, version, root_kid, wrapped in keys:
+            self.keyring.load_app_key(
+                app_id,
+                WrappedKey(purpose=KeyPurpose(purpose), version=version, root_kid=root_kid, wrapped=wrapped),
+            )
+        context = compile_app(
+            app=app,
+            app_id=app_id,
+            name=name,
+            created_at=created_at,
+            settings=msgspec.json.decode(settings, type=AppSettings),
+            roles=roles,
+            types=[msgspec.json.decode(definition, type=ChannelType) for _, definition in types],
+            signing=tuple(signing),
+            providers=tuple(providers),
+            cipher=self.keyring.app_cipher(app_id),
+        )
+        if forgotten == self._forgotten:
+            self._by_id[app_id] = self._by_number[app] = context
+        return context
+
+    def stream_key(self, wrapped: bytes, version: int, app_version: int) -> WrappedStreamKey:
+        """A stream row's three key columns as the keyring takes them."""
+        return WrappedStreamKey(version=version, app_key_version=app_version, wrapped=wrapped)
+
+
+def compile_app(
+    *,
+    app: int,
+    app_id: str,
+    name: str,
+    created_at: int,
+    settings: AppSettings,
+    roles: list[tuple[str, str, str]],
+    types: list[ChannelType],
+    signing: tuple[tuple[Any, ...], ...],
+    providers: tuple[tuple[Any, ...], ...],
+    cipher: AppCipher,
+) -> AppContext:
+    """Turn words into masks: the app's own roles and types over the built-in ones."""
+    masks: dict[str, dict[str, Grants]] = {
+        scope: {role: grants_of({word.value for word in words}) for role, words in built_in.items()}
+        for scope, built_in in BUILT_IN.items()
+    }
+    for scope, role, grants in roles:
+        masks[scope][role] = grants_of(msgspec.json.decode(grants, type=list[str]))
+    compiled = {}
+    for definition in [*BUILT_IN_TYPES.values(), *types]:
+        own = {role: grants_of(words) for role, words in definition.grants.items()}
+        compiled[definition.name] = CompiledType(
+            definition,
+            {**masks["channel"], **own},
+            grants_of({word.value for word in PUBLIC_GRANTS}) if definition.public else NONE,
+        )
+    return AppContext(
+        app,
+        app_id,
+        name,
+        created_at,
+        settings,
+        masks["app"],
+        masks["channel"],
+        masks["relation"],
+        compiled,
+        signing,
+        providers,
+        cipher,
+    )

@@ -1,0 +1,81 @@
+"""Changes: units of writes whose announcements leave with the commit.
+
+A unit records events inside its transaction and returns them as notices; they go to the bus after the commit, in the
+order of the commits, before the caller hears of it. So whoever was told that something is done can rely on it: a member
+who was removed gets nothing more, a channel that was joined is live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from tidings.server.bus.base import Bus, Notice, Published
+from tidings.server.crypto.keyring import StreamCipher
+from tidings.server.store import log
+from tidings.server.store.base import Store, Tx
+from tidings.wire.codec import encode
+
+from .rendering import render_event
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True, frozen=True)
+class Change(Generic[T]):
+    """What a unit did: its result, and what to announce once it is committed."""
+
+    value: T
+    notices: tuple[Notice, ...] = ()
+
+
+class Changes:
+    """Runs units that change something and announces them."""
+
+    def __init__(self, store: Store, bus: Bus) -> None:
+        self._store = store
+        self._bus = bus
+
+    async def run(self, unit: Callable[[Tx], Awaitable[Change[T]]]) -> T:
+        """Commit the unit, announce it, give back its value. Raises what the unit raises; nothing is stored then."""
+        change = await self._store.run(unit, self._announce)
+        return change.value
+
+    def _announce(self, change: Change[Any]) -> None:
+        for notice in change.notices:
+            self._bus.publish(notice)
+
+
+async def record(
+    tx: Tx,
+    *,
+    app: int,
+    sid: int,
+    stream: str,
+    cipher: StreamCipher,
+    type: str,
+    at: int,
+    by: str | None,
+    ref: str | None,
+    item: str,
+    data: Any,
+) -> Published:
+    """Append an event to a stream inside a unit, sealed, and give back its announcement.
+
+    `item` names the row for its associated data and must be unique in the stream; `data` is a struct of
+    `tidings.wire.events`, or its encoding.
+    """
+    encoded = data if isinstance(data, bytes) else encode(data)
+    seq = await log.append_event(
+        tx,
+        app=app,
+        sid=sid,
+        type=type,
+        at=at,
+        by=by,
+        ref=ref,
+        item=item,
+        sealed=cipher.seal(encoded, item.encode()),
+    )
+    return Published(sid, seq, render_event(type, stream, seq, at, by, encoded))

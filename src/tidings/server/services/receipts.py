@@ -1,0 +1,314 @@
+"""Delivered and read positions: state of a membership, merged by maximum, never a log event.
+
+`ack` (delivered) comes often and from every device: it is collected and written in one unit per tick. `read` decides
+unread counts, so it is written at once and answered after the commit. Both are told to the channel in one signal per
+tick.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from tidings.server.bus.base import Bus, Signal
+from tidings.server.clock import Clock
+from tidings.server.domain.permissions import Permission
+from tidings.server.errors import NotFound, Refusal
+from tidings.server.store.base import Store, Tx
+from tidings.server.telemetry import get_logger
+from tidings.wire.codec import encode
+from tidings.wire.commands import ReceiptsSignal, UnreadSignal
+from tidings.wire.resources import Receipt, Unread, UnreadTotal
+
+from .access import Access, AccessService, Actor
+from .counting import HIDDEN, MENTIONED, UNREAD, Counts, unread_of
+
+log = get_logger(__name__)
+
+# How long positions are collected before they are written and told, seconds: a human does not see ticks move faster.
+TICK_SECONDS: Final = 0.25
+# Positions waiting to be written; beyond it they are written at once. About 20 MB.
+PENDING_MAX: Final = 100_000
+# Beyond this many members a channel's receipts are not told one by one: at one read each per message they would be
+# the square of the membership. Positions are kept all the same and read with `GET …/receipts`.
+RECEIPTS_MEMBERS_MAX: Final = 1_000
+
+
+class Receipts:
+    """Positions of members and devices, and what is unread."""
+
+    def __init__(self, store: Store, access: AccessService, bus: Bus, clock: Clock) -> None:
+        self._store = store
+        self._access = access
+        self._bus = bus
+        self._clock = clock
+        # (app, sid, user) -> seq delivered to any device; (app, user, device, sid) -> seq.
+        self._delivered: dict[tuple[int, int, str], int] = {}
+        self._devices: dict[tuple[int, str, str, int], int] = {}
+        # sid -> user -> (delivered, read) to be told, with the channel's name and app.
+        self._told: dict[int, dict[str, tuple[int, int]]] = {}
+        self._names: dict[int, tuple[int, str]] = {}
+        self._wake = asyncio.Event()
+
+    # ------------------------------------------------------------ delivered
+
+    def acknowledge(self, *, app: int, user: str, device: str, sid: int, channel: str, seq: int) -> None:
+        """A device has everything up to `seq`. Written within a tick; a crash before that only repeats a push."""
+        key = (app, sid, user)
+        if seq > self._delivered.get(key, 0):
+            self._delivered[key] = seq
+        device_key = (app, user, device, sid)
+        if seq > self._devices.get(device_key, 0):
+            self._devices[device_key] = seq
+        self._names[sid] = (app, channel)
+        if not self._wake.is_set():
+            self._wake.set()
+
+    async def run(self) -> None:
+        """Write and tell, tick by tick, until cancelled; what is pending then is written."""
+        try:
+            while True:
+                await self._wake.wait()
+                if len(self._delivered) < PENDING_MAX:
+                    await asyncio.sleep(TICK_SECONDS)
+                self._wake.clear()
+                try:
+                    await self.flush()
+                except Refusal as refusal:
+                    log.warning("receipts_not_written", code=refusal.code)
+                    self._wake.set()
+        finally:
+            try:
+                await asyncio.shield(self.flush())
+            except Refusal:
+                pass
+
+    async def flush(self) -> None:
+        """Write what is pending and tell the channels. On failure it stays pending."""
+        delivered, self._delivered = self._delivered, {}
+        devices, self._devices = self._devices, {}
+        now = self._clock.now_ms()
+
+        async def unit(tx: Tx) -> None:
+            if delivered:
+                await tx.many(
+                    "UPDATE members SET delivered=? WHERE app=? AND sid=? AND user=? AND delivered<?",
+                    [(seq, app, sid, user, seq) for (app, sid, user), seq in sorted(delivered.items())],
+                )
+            if devices:
+                await tx.many(
+                    "INSERT INTO device_positions(app,user,device,sid,seq,at) VALUES (?,?,?,?,?,?)"
+                    " ON CONFLICT (app,user,device,sid) DO UPDATE SET seq=excluded.seq, at=excluded.at"
+                    " WHERE device_positions.seq<excluded.seq",
+                    [(*key, seq, now) for key, seq in sorted(devices.items())],
+                )
+
+        if delivered or devices:
+            try:
+                await self._store.run(unit)
+            except Refusal:
+                for key, seq in delivered.items():
+                    self._delivered[key] = max(seq, self._delivered.get(key, 0))
+                for device_key, seq in devices.items():
+                    self._devices[device_key] = max(seq, self._devices.get(device_key, 0))
+                raise
+            for (_, sid, user), seq in delivered.items():
+                self._tell(sid, user, seq, 0)
+        self._announce()
+
+    def _tell(self, sid: int, user: str, delivered: int, read: int) -> None:
+        told = self._told.setdefault(sid, {})
+        before = told.get(user, (0, 0))
+        told[user] = (max(before[0], delivered), max(before[1], read))
+
+    def _announce(self) -> None:
+        told, self._told = self._told, {}
+        names, self._names = self._names, {}
+        for sid, users in told.items():
+            app, channel = names.get(sid, (0, ""))
+            if not channel or len(users) > RECEIPTS_MEMBERS_MAX:
+                continue
+            receipts = [Receipt(user=user, delivered=seqs[0], read=seqs[1]) for user, seqs in users.items()]
+            self._bus.publish(Signal(app, encode(ReceiptsSignal(channel=channel, receipts=receipts)), sid=sid))
+
+    # ------------------------------------------------------------ read
+
+    async def read(self, actor: Actor, channel_id: str, seq: int) -> Unread:
+        """The user has read everything up to `seq`; clears a mark. The counts after it.
+
+        Moving back is no error and changes nothing (G6). Raises Refusal `position_ahead` beyond the head.
+        """
+        access = await self._member(actor, channel_id)
+        channel, now = access.channel, self._clock.now_ms()
+        user = str(actor.user)
+
+        async def unit(tx: Tx) -> Counts:
+            head = await tx.one(
+                "SELECT head FROM streams WHERE sid=?" + tx.for_update,
+                channel.sid,
+            )
+            if head is None or seq > head[0]:
+                raise Refusal(
+                    "position_ahead",
+                    f"The channel ends at {head[0] if head else 0}.",
+                    field="seq",
+                    bound=head[0] if head else 0,
+                )
+            counted = await tx.one(
+                "SELECT counted FROM messages WHERE app=? AND sid=? AND seq<=? ORDER BY seq DESC LIMIT 1",
+                channel.app,
+                channel.sid,
+                seq,
+            )
+            await tx.execute(
+                "UPDATE members SET read=?, read_counted=?, delivered=CASE WHEN delivered<? THEN ? ELSE delivered END,"
+                " moved_at=? WHERE app=? AND sid=? AND user=? AND read<?",
+                seq,
+                counted[0] if counted else 0,
+                seq,
+                seq,
+                now,
+                channel.app,
+                channel.sid,
+                user,
+                seq,
+            )
+            await tx.execute(
+                "UPDATE members SET marked_from=NULL, moved_at=? WHERE app=? AND sid=? AND user=?"
+                " AND marked_from IS NOT NULL",
+                now,
+                channel.app,
+                channel.sid,
+                user,
+            )
+            counts = await unread_of(tx, channel.app, channel.sid, user)
+            if counts is None:
+                raise NotFound("channel", field="channel")
+            return counts
+
+        counts = await self._store.run(unit)
+        if channel.type.definition.features.receipts:
+            self._names[channel.sid] = (channel.app, channel.id)
+            self._tell(channel.sid, user, counts.delivered, counts.read)
+            self._wake.set()
+        return self._tell_own(actor, channel_id, counts)
+
+    async def mark_unread(self, actor: Actor, channel_id: str, seq: int) -> Unread:
+        """Count everything from `seq` on as unread until the channel is read again. Positions stay (G6)."""
+        access = await self._member(actor, channel_id)
+        channel, now = access.channel, self._clock.now_ms()
+
+        async def unit(tx: Tx) -> Counts:
+            head = await tx.one("SELECT head FROM streams WHERE sid=?", channel.sid)
+            if head is None or seq > head[0] or seq < 1:
+                raise Refusal(
+                    "position_ahead",
+                    f"There is no event {seq} in the channel.",
+                    field="seq",
+                    bound=head[0] if head else 0,
+                )
+            await tx.execute(
+                "UPDATE members SET marked_from=?, moved_at=? WHERE app=? AND sid=? AND user=?",
+                seq,
+                now,
+                channel.app,
+                channel.sid,
+                actor.user,
+            )
+            counts = await unread_of(tx, channel.app, channel.sid, str(actor.user))
+            if counts is None:
+                raise NotFound("channel", field="channel")
+            return counts
+
+        return self._tell_own(actor, channel_id, await self._store.run(unit))
+
+    async def _member(self, actor: Actor, channel_id: str) -> Access:
+        access = await self._access.channel(actor, channel_id, Permission.RECEIPT_SEND)
+        if actor.user is None or not access.member.is_member:
+            raise Refusal("conflict", "Only members have a read position.", field="channel")
+        return access
+
+    def _tell_own(self, actor: Actor, channel_id: str, counts: Counts) -> Unread:
+        self._bus.publish(
+            Signal(
+                actor.app.app,
+                encode(
+                    UnreadSignal(
+                        channel=channel_id,
+                        read=counts.read,
+                        unread=counts.unread,
+                        mentions=counts.mentions,
+                        marked_unread_from=counts.marked_from,
+                    )
+                ),
+                user=actor.user,
+                skip_session=actor.session,
+            )
+        )
+        return Unread(
+            channel=channel_id,
+            unread=counts.unread,
+            mentions=counts.mentions,
+            read=counts.read,
+            marked_unread_from=counts.marked_from,
+        )
+
+    # ------------------------------------------------------------ reading positions
+
+    async def list(
+        self, actor: Actor, channel_id: str, *, limit: int, cursor: str | None = None
+    ) -> tuple[list[Receipt], str | None]:
+        """How far every member is, by user id, a page at a time."""
+        access = await self._access.channel(actor, channel_id, Permission.MEMBER_READ)
+
+        async def unit(tx: Tx) -> list[Receipt]:
+            rows = await tx.all(
+                "SELECT user, delivered, read FROM members WHERE app=? AND sid=? AND user>? ORDER BY user LIMIT ?",
+                access.channel.app,
+                access.channel.sid,
+                cursor or "",
+                limit + 1,
+            )
+            return [Receipt(user=user, delivered=delivered, read=read) for user, delivered, read in rows]
+
+        found = await self._store.read(unit)
+        return found[:limit], found[limit - 1].user if len(found) > limit else None
+
+    async def unread_total(self, actor: Actor, *, limit: int, cursor: str | None = None) -> UnreadTotal:
+        """What is unread in channels that are not hidden, archived or muted: exact sums, and the channels by page."""
+        if actor.user is None:
+            raise Refusal("invalid_field", "Unread counts are a user's: name them with Tidings-User.", field="user")
+        now, app, user = self._clock.now_ms(), actor.app.app, actor.user
+        counted = (
+            f"SELECT s.ref AS ref, {UNREAD} AS unread, {MENTIONED} AS mentions, m.read AS read, m.marked_from AS marked"
+            " FROM members m JOIN streams s ON s.sid=m.sid WHERE m.app=? AND m.user=? AND m.archived=0"
+            f" AND NOT {HIDDEN} AND (m.muted_until IS NULL OR m.muted_until<=?)"
+            " AND (s.counted>m.read_counted OR m.marked_from IS NOT NULL OR s.head>m.read)"
+        )
+
+        async def unit(tx: Tx) -> UnreadTotal:
+            total = await tx.one(
+                f"SELECT coalesce(sum(unread),0), coalesce(sum(mentions),0) FROM ({counted}) q",
+                app,
+                user,
+                now,
+            )
+            rows = await tx.all(
+                f"SELECT ref, unread, mentions, read, marked FROM ({counted}) q"
+                " WHERE (unread>0 OR mentions>0) AND ref>? ORDER BY ref LIMIT ?",
+                app,
+                user,
+                now,
+                cursor or "",
+                limit + 1,
+            )
+            channels = [
+                Unread(channel=ref, unread=unread, mentions=mentions, read=read, marked_unread_from=marked)
+                for ref, unread, mentions, read, marked in rows
+            ]
+            more = channels[limit - 1].channel if len(channels) > limit else None
+            return UnreadTotal(
+                unread=total[0] if total else 0, mentions=total[1] if total else 0, channels=channels[:limit], next=more
+            )
+
+        return await self._store.read(unit)

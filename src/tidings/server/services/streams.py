@@ -1,0 +1,136 @@
+"""Making streams, and the streams that belong to users."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+from tidings.server.bus.base import Published
+from tidings.server.clock import Ids
+from tidings.server.crypto.base import AppKeyNotLoaded
+from tidings.server.crypto.keyring import Keyring, StreamCipher, WrappedStreamKey
+from tidings.server.store import log
+from tidings.server.store.base import Tx, new_sid
+from tidings.wire.events import EventType
+
+from .apps import AppContext, Apps
+from .change import record
+
+T = TypeVar("T")
+
+# A user's own stream, as they and their devices call it.
+OWN_STREAM: Final = "@me"
+# An epoch is compared, never computed with: 40 random bits tell any two apart that a stream will ever have.
+_EPOCH_BYTES: Final = 5
+
+
+@dataclass(slots=True, frozen=True)
+class NewStream:
+    """A stream about to be made."""
+
+    sid: int
+    epoch: str
+    key: WrappedStreamKey
+    cipher: StreamCipher
+
+
+@dataclass(slots=True, frozen=True)
+class UserStream:
+    """A user's own stream, open for appending."""
+
+    user: str
+    sid: int
+    cipher: StreamCipher
+
+
+def new_epoch(ids: Ids) -> str:
+    """Eight characters (a-z, 2-7) that name one history of a stream."""
+    return base64.b32encode(ids.random_bytes(_EPOCH_BYTES)).decode().lower()
+
+
+def new_stream(keyring: Keyring, app: AppContext, ids: Ids, now_ms: int) -> NewStream:
+    """Number, epoch and key of a stream that a unit will insert."""
+    sid = new_sid(now_ms, int.from_bytes(ids.random_bytes(4)))
+    key = keyring.new_stream_key(app.id, str(sid))
+    return NewStream(sid, new_epoch(ids), key, keyring.cipher(app.id, str(sid), key))
+
+
+async def insert_new(tx: Tx, app: AppContext, stream: NewStream, kind: str, ref: str, at: int) -> None:
+    """Insert a stream's row."""
+    await log.insert_stream(
+        tx,
+        sid=stream.sid,
+        app=app.app,
+        kind=kind,
+        ref=ref,
+        epoch=stream.epoch,
+        at=at,
+        key_wrapped=stream.key.wrapped,
+        key_version=stream.key.version,
+        key_app_version=stream.key.app_key_version,
+    )
+
+
+async def shred(tx: Tx, sid: int) -> None:
+    """Destroy a stream's key: nothing of its history can be read again."""
+    await tx.execute("UPDATE streams SET key_wrapped=? WHERE sid=?", b"", sid)
+
+
+async def user_streams(tx: Tx, keyring: Keyring, app: AppContext, users: Iterable[str]) -> list[UserStream]:
+    """The own streams of users, ordered by user so that units lock them in one order; without the deleted ones."""
+    wanted = list(users)
+    found: list[UserStream] = []
+    for start in range(0, len(wanted), 200):
+        chunk = wanted[start : start + 200]
+        rows = await tx.all(
+            "SELECT ref, sid, key_wrapped, key_version, key_app_version FROM streams"
+            f" WHERE app=? AND kind='user' AND ref IN ({log.placeholders(chunk)})",
+            app.app,
+            *chunk,
+        )
+        for user, sid, wrapped, version, app_version in rows:
+            if wrapped:
+                key = WrappedStreamKey(version=version, app_key_version=app_version, wrapped=wrapped)
+                found.append(UserStream(user, sid, keyring.cipher(app.id, str(sid), key)))
+    found.sort(key=lambda stream: stream.user)
+    return found
+
+
+async def record_own(
+    tx: Tx,
+    app: AppContext,
+    stream: UserStream,
+    *,
+    type: EventType,
+    at: int,
+    by: str | None,
+    ref: str,
+    mark: str,
+    data: Any,
+) -> Published:
+    """Append an event to a user's own stream. `mark` is unique to the unit and to the event within it."""
+    return await record(
+        tx,
+        app=app.app,
+        sid=stream.sid,
+        stream=OWN_STREAM,
+        cipher=stream.cipher,
+        type=type.value,
+        at=at,
+        by=by,
+        ref=ref,
+        item=mark,
+        data=data,
+    )
+
+
+async def with_keys(apps: Apps, app: AppContext, act: Callable[[], Awaitable[T]]) -> T:
+    """Run something that opens streams; once more after reading the app's keys if another process has rotated them."""
+    try:
+        return await act()
+    except AppKeyNotLoaded:
+        apps.forget(app.app)
+        await apps.get(app.id)
+        return await act()

@@ -1,0 +1,352 @@
+"""Catching up: what moved, and what exactly is missing.
+
+The client names a conservative point in time (`mark`); the server answers with the streams that moved since; the
+client compares them with its own positions, exactly, by `seq`. The cost follows what moved.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Final
+
+from tidings.server.bus.base import Bus, Notice, Published
+from tidings.server.clock import Clock
+from tidings.server.crypto.keyring import Keyring, StreamCipher, WrappedStreamKey
+from tidings.server.domain.permissions import Permission
+from tidings.server.errors import NotFound, Refusal
+from tidings.server.store import log
+from tidings.server.store.base import BACKEND, Store, Tx
+from tidings.wire.commands import Position
+from tidings.wire.resources import Head
+
+from .access import AccessService, Actor
+from .apps import AppContext
+from .counting import unread_of
+from .rendering import render_logged, render_tombstone
+
+# How far a mark lies before the moment it was made, ms. It covers the time between a commit and its announcement
+# and the steps of a wall clock; what it repeats is compared by seq and costs nothing.
+MARK_MARGIN_MS: Final = 10_000
+OWN_STREAM: Final = "@me"
+# Users' own streams kept open in memory.
+OWN_STREAMS_MAX: Final = 20_000
+# Long polls that may wait at a time; beyond that they are answered at once.
+WAITERS_MAX: Final = 20_000
+
+
+@dataclass(slots=True, frozen=True)
+class Membership:
+    """A stream that a user may listen to, as a snapshot saw it."""
+
+    sid: int
+    name: str
+    epoch: str
+    head: int
+
+
+@dataclass(slots=True, frozen=True)
+class Entry:
+    """What a connecting user may hear, and what of it moved since their mark."""
+
+    memberships: list[Membership]
+    moved: list[Head]
+    mark: str
+
+
+@dataclass(slots=True, frozen=True)
+class StreamHandle:
+    """A stream that the actor may read: everything after `floor`."""
+
+    app: int
+    sid: int
+    name: str
+    epoch: str
+    floor: int
+    cipher: StreamCipher
+
+
+@dataclass(slots=True, frozen=True)
+class EventPage:
+    """Events as they go over the wire, with their seqs, and where the stream stood in the same snapshot."""
+
+    events: list[tuple[int, bytes]]
+    epoch: str
+    head: int
+
+
+def make_mark(now_ms: int) -> str:
+    """The mark of a moment."""
+    return f"{max(0, now_ms - MARK_MARGIN_MS):x}"
+
+
+def read_mark(mark: str) -> int:
+    """The moment of a mark, ms. Raises Refusal."""
+    try:
+        if not 1 <= len(mark) <= 16:
+            raise ValueError
+        return int(mark, 16)
+    except ValueError:
+        raise Refusal("cursor_invalid", "`since` is not a mark of this server.", field="since") from None
+
+
+def check_position(handle: StreamHandle, head: int, position: Position) -> Refusal | None:
+    """Why a client cannot go on from `position`, None if it can."""
+    if position.epoch is not None and position.epoch != handle.epoch:
+        return Refusal("epoch_changed", "The stream's history was replaced: start over.", field="epoch")
+    if position.seq > head:
+        return Refusal("position_ahead", f"The stream ends at {head}.", field="seq", bound=head)
+    if position.seq < handle.floor:
+        return Refusal(
+            "cursor_expired", f"Events up to {handle.floor} are gone or not yours.", field="seq", bound=handle.floor
+        )
+    return None
+
+
+class Sync:
+    """Heads, positions and events of streams."""
+
+    def __init__(self, store: Store, access: AccessService, keyring: Keyring, bus: Bus, clock: Clock) -> None:
+        self._store = store
+        self._access = access
+        self._keyring = keyring
+        self._clock = clock
+        self._own: OrderedDict[tuple[int, str], StreamHandle] = OrderedDict()
+        self._waiters: dict[int, set[asyncio.Future[None]]] = {}
+        bus.listen(self._notice)
+
+    # ------------------------------------------------------------ heads
+
+    def mark(self) -> str:
+        """A mark for this moment."""
+        return make_mark(self._clock.now_ms())
+
+    async def enter(self, actor: Actor, since: str | None) -> Entry:
+        """Everything a connecting user may hear and, with `since`, the heads that moved, in one snapshot."""
+        mark = self.mark()
+        since_ms = None if since is None else read_mark(since)
+        app, user = actor.app.app, actor.user
+
+        async def unit(tx: Tx) -> tuple[list[Membership], list[Head]]:
+            rows = await tx.all(
+                "SELECT m.sid, s.ref, s.epoch, s.head, s.moved_at, m.moved_at FROM members m"
+                " JOIN streams s ON s.sid=m.sid WHERE m.app=? AND m.user=?",
+                app,
+                user,
+            )
+            own = await tx.one(
+                "SELECT sid, epoch, head, moved_at FROM streams WHERE app=? AND kind='user' AND ref=?", app, user
+            )
+            memberships = [Membership(sid, ref, epoch, head) for sid, ref, epoch, head, _, _ in rows]
+            moved: list[Head] = []
+            if own is not None:
+                memberships.append(Membership(own[0], OWN_STREAM, own[1], own[2]))
+                if since_ms is not None and own[3] >= since_ms:
+                    moved.append(Head(stream=OWN_STREAM, epoch=own[1], head=own[2]))
+            if since_ms is not None:
+                for sid, ref, epoch, head, stream_moved, member_moved in rows:
+                    if stream_moved >= since_ms or member_moved >= since_ms:
+                        moved.append(await self._head(tx, app, user or "", sid, ref, epoch, head))
+            return memberships, moved
+
+        memberships, moved = await self._store.read(unit)
+        return Entry(memberships, moved, mark)
+
+    async def heads(
+        self, actor: Actor, since: str | None, cursor: str | None, limit: int
+    ) -> tuple[list[Head], str | None, str]:
+        """Streams that moved since a mark (all of them without one), by page: heads, next cursor, new mark."""
+        mark = self.mark()
+        since_ms = 0 if since is None else read_mark(since)
+        after = 0
+        if cursor is not None:
+            try:
+                after_text, _, mark = cursor.partition(".")
+                after = int(after_text, 36)
+                read_mark(mark)
+            except (ValueError, Refusal):
+                raise Refusal("cursor_invalid", "This cursor was not given out here.", field="cursor") from None
+        app, user = actor.app.app, actor.user or ""
+
+        async def unit(tx: Tx) -> tuple[list[Head], str | None]:
+            found: list[Head] = []
+            if after == 0:
+                own = await tx.one(
+                    "SELECT epoch, head FROM streams WHERE app=? AND kind='user' AND ref=? AND moved_at>=?",
+                    app,
+                    user,
+                    since_ms,
+                )
+                if own is not None:
+                    found.append(Head(stream=OWN_STREAM, epoch=own[0], head=own[1]))
+            rows = await tx.all(
+                "SELECT m.sid, s.ref, s.epoch, s.head FROM members m JOIN streams s ON s.sid=m.sid"
+                " WHERE m.app=? AND m.user=? AND m.sid>? AND (s.moved_at>=? OR m.moved_at>=?)"
+                " ORDER BY m.sid LIMIT ?",
+                app,
+                user,
+                after,
+                since_ms,
+                since_ms,
+                limit + 1,
+            )
+            for sid, ref, epoch, head in rows[:limit]:
+                found.append(await self._head(tx, app, user, sid, ref, epoch, head))
+            more = f"{_base36(rows[limit - 1][0])}.{mark}" if len(rows) > limit else None
+            return found, more
+
+        moved, more = await self._store.read(unit)
+        return moved, more, mark
+
+    @staticmethod
+    async def _head(tx: Tx, app: int, user: str, sid: int, ref: str, epoch: str, head: int) -> Head:
+        counts = await unread_of(tx, app, sid, user)
+        if counts is None:
+            return Head(stream=ref, epoch=epoch, head=head)
+        return Head(
+            stream=ref,
+            epoch=epoch,
+            head=head,
+            read=counts.read,
+            delivered=counts.delivered,
+            unread=counts.unread,
+            mentions=counts.mentions,
+        )
+
+    async def heads_of(self, sids: list[int]) -> dict[int, int]:
+        """Where streams stand now, by number."""
+
+        async def unit(tx: Tx) -> dict[int, int]:
+            found: dict[int, int] = {}
+            for start in range(0, len(sids), 500):
+                chunk = sids[start : start + 500]
+                for sid, head in await tx.all(
+                    f"SELECT sid, head FROM streams WHERE sid IN ({log.placeholders(chunk)})",
+                    *chunk,
+                ):
+                    found[sid] = head
+            return found
+
+        return await self._store.read(unit)
+
+    # ------------------------------------------------------------ events
+
+    async def handle(self, actor: Actor, name: str) -> StreamHandle:
+        """A stream by its public name, through the actor. Raises NotFound, Forbidden."""
+        if name == OWN_STREAM:
+            return await self._own_handle(actor.app, actor.user)
+        access = await self._access.channel(actor, name, Permission.CHANNEL_READ)
+        channel = access.channel
+        return StreamHandle(channel.app, channel.sid, channel.id, channel.epoch, access.floor, channel.cipher)
+
+    async def read(self, handle: StreamHandle, after: int, limit: int) -> EventPage:
+        """Events after a seq, in order, at most `limit`; tombstones where messages were deleted since."""
+
+        async def unit(tx: Tx) -> EventPage:
+            stream = await tx.one("SELECT epoch, head FROM streams WHERE sid=?", handle.sid)
+            if stream is None:
+                raise NotFound("stream", field="stream")
+            rows = await log.events_after(tx, handle.app, handle.sid, max(after, handle.floor), limit)
+            events = []
+            for row in rows:
+                tombstone = None
+                if row.redacted:
+                    tombstone = await _tombstone(tx, handle, row.ref)
+                events.append((row.seq, render_logged(handle.name, row, handle.cipher, tombstone)))
+            return EventPage(events, stream[0], stream[1])
+
+        return await self._store.read(unit)
+
+    async def events(self, actor: Actor, name: str, after: int, epoch: str | None, limit: int) -> EventPage:
+        """A page of a stream for plain polling. Raises Refusal when the position does not fit."""
+        handle = await self.handle(actor, name)
+        page = await self.read(handle, after, limit)
+        refusal = check_position(handle, page.head, Position(after, epoch))
+        if refusal is not None:
+            raise refusal
+        return page
+
+    async def wait_for_growth(self, sid: int, seconds: float) -> bool:
+        """Wait until the stream is announced to have grown. Call it before reading what there is."""
+        if sum(map(len, self._waiters.values())) >= WAITERS_MAX:
+            return False
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.setdefault(sid, set()).add(future)
+        try:
+            async with asyncio.timeout(seconds):
+                await future
+            return True
+        except TimeoutError:
+            return False
+        finally:
+            waiting = self._waiters.get(sid)
+            if waiting is not None:
+                waiting.discard(future)
+                if not waiting:
+                    del self._waiters[sid]
+
+    def wake_all(self) -> None:
+        """Answer every long poll: the server is draining."""
+        for futures in list(self._waiters.values()):
+            for future in futures:
+                if not future.done():
+                    future.set_result(None)
+
+    def _notice(self, notice: Notice) -> None:
+        if self._waiters and type(notice) is Published:
+            for future in self._waiters.get(notice.sid, ()):
+                if not future.done():
+                    future.set_result(None)
+
+    # ------------------------------------------------------------ own streams
+
+    async def _own_handle(self, app: AppContext, user: str | None) -> StreamHandle:
+        if user is None:
+            raise NotFound("stream", field="stream")
+        key = (app.app, user)
+        handle = self._own.get(key)
+        if handle is not None:
+            return handle
+
+        async def unit(tx: Tx) -> log.StreamRow | None:
+            return await log.stream_of(tx, app.app, "user", user)
+
+        row = await self._store.read(unit)
+        if row is None:
+            raise NotFound("stream", field="stream")
+        wrapped = WrappedStreamKey(
+            version=row.key_version, app_key_version=row.key_app_version, wrapped=row.key_wrapped
+        )
+        cipher = await self._access.cipher(app, row.sid, wrapped)
+        handle = StreamHandle(app.app, row.sid, OWN_STREAM, row.epoch, row.floor, cipher)
+        self._own[key] = handle
+        if len(self._own) > OWN_STREAMS_MAX:
+            self._own.popitem(last=False)
+        return handle
+
+    def forget(self, app: int, user: str) -> None:
+        """The user's stream is gone."""
+        self._own.pop((app, user), None)
+
+
+async def _tombstone(tx: Tx, handle: StreamHandle, message_id: str | None) -> bytes:
+    row = await tx.one(
+        "SELECT id,seq,sender,at,deleted_at,deleted_by FROM messages WHERE app=? AND sid=? AND id=?",
+        handle.app,
+        handle.sid,
+        message_id,
+    )
+    if row is None or row[4] is None:
+        return b"{}"
+    sender = None if row[2] == BACKEND else row[2]
+    return render_tombstone(handle.name, row[0], row[1], sender, row[3], row[4], row[5])
+
+
+def _base36(number: int) -> str:
+    digits = "0123456789abcdefghijklmnopqrstuvwxyz"
+    text = ""
+    while number:
+        number, digit = divmod(number, 36)
+        text = digits[digit] + text
+    return text or "0"

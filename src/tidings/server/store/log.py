@@ -1,0 +1,168 @@
+"""Streams in SQL: make one, append to it inside a unit, read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .base import Row, Tx
+
+_STREAM = (
+    "sid, app, kind, ref, epoch, head, counted, messages, floor, moved_at, last_message_at, access_version,"
+    " key_wrapped, key_version, key_app_version"
+)
+
+
+@dataclass(slots=True, frozen=True)
+class StreamRow:
+    """A row of `streams`."""
+
+    sid: int
+    app: int
+    kind: str
+    ref: str
+    epoch: str
+    head: int
+    counted: int
+    messages: int
+    floor: int
+    moved_at: int
+    last_message_at: int | None
+    access_version: int
+    key_wrapped: bytes
+    key_version: int
+    key_app_version: int
+
+
+@dataclass(slots=True, frozen=True)
+class EventRow:
+    """A row of `events`."""
+
+    seq: int
+    type: str
+    at: int
+    by: str | None
+    ref: str | None
+    item: str
+    sealed: bytes | None
+    redacted: int
+
+
+async def insert_stream(
+    tx: Tx,
+    *,
+    sid: int,
+    app: int,
+    kind: str,
+    ref: str,
+    epoch: str,
+    at: int,
+    key_wrapped: bytes,
+    key_version: int,
+    key_app_version: int,
+) -> None:
+    """Make an empty stream. Its head is 0: the first event is number 1."""
+    await tx.execute(
+        "INSERT INTO streams(sid,app,kind,ref,epoch,moved_at,key_wrapped,key_version,key_app_version)"
+        " VALUES (?,?,?,?,?,?,?,?,?)",
+        sid,
+        app,
+        kind,
+        ref,
+        epoch,
+        at,
+        key_wrapped,
+        key_version,
+        key_app_version,
+    )
+
+
+async def stream(tx: Tx, sid: int) -> StreamRow | None:
+    """The stream numbered `sid`."""
+    row = await tx.one(f"SELECT {_STREAM} FROM streams WHERE sid=?", sid)
+    return StreamRow(*row) if row else None
+
+
+async def stream_of(tx: Tx, app: int, kind: str, ref: str) -> StreamRow | None:
+    """The stream of a channel or user, by its public id."""
+    row = await tx.one(
+        f"SELECT {_STREAM} FROM streams WHERE app=? AND kind=? AND ref=?",
+        app,
+        kind,
+        ref,
+    )
+    return StreamRow(*row) if row else None
+
+
+async def append_event(
+    tx: Tx,
+    *,
+    app: int,
+    sid: int,
+    type: str,
+    at: int,
+    by: str | None,
+    ref: str | None,
+    item: str,
+    sealed: bytes | None,
+) -> int:
+    """Append one event under the stream's row; its seq. The row stays locked until the unit commits, so numbers
+    cannot commit out of order."""
+    row = await tx.one("UPDATE streams SET head=head+1, moved_at=? WHERE sid=? RETURNING head", at, sid)
+    if row is None:
+        raise LookupError(f"stream {sid} is gone")
+    seq: int = row[0]
+    await tx.execute(
+        "INSERT INTO events(app,sid,seq,type,at,by,ref,item,sealed) VALUES (?,?,?,?,?,?,?,?,?)",
+        app,
+        sid,
+        seq,
+        type,
+        at,
+        by,
+        ref,
+        item,
+        sealed,
+    )
+    await tx.execute("INSERT INTO outbox(app,sid,seq,type) VALUES (?,?,?,?)", app, sid, seq, type)
+    return seq
+
+
+async def touch_access(tx: Tx, sid: int) -> int:
+    """Declare whatever was authorised on the stream out of date; the new access version."""
+    row = await tx.one("UPDATE streams SET access_version=access_version+1 WHERE sid=? RETURNING access_version", sid)
+    return int(row[0]) if row else 0
+
+
+async def events_after(tx: Tx, app: int, sid: int, after: int, limit: int) -> list[EventRow]:
+    """Up to `limit` events with seq > `after`, in order."""
+    rows: list[Row] = await tx.all(
+        "SELECT seq,type,at,by,ref,item,sealed,redacted FROM events WHERE app=? AND sid=? AND seq>?"
+        " ORDER BY seq LIMIT ?",
+        app,
+        sid,
+        after,
+        limit,
+    )
+    return [EventRow(*row) for row in rows]
+
+
+async def write_audit(
+    tx: Tx, *, app: int, id: str, at: int, actor: str, action: str, target: str, detail: str = "{}"
+) -> None:
+    """One line of the audit trail, in the transaction of what it tells of. Identifiers only, never content."""
+    await tx.execute(
+        "INSERT INTO audit(app,id,at,actor,action,target,detail) VALUES (?,?,?,?,?,?,?)",
+        app,
+        id,
+        at,
+        actor,
+        action,
+        target,
+        detail,
+    )
+
+
+def placeholders(values: Any) -> str:
+    """`?,?,?` for as many values as there are."""
+    return ",".join("?" * len(values))

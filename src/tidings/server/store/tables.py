@@ -1,0 +1,399 @@
+"""The schema, once for both databases: SQLAlchemy Core tables that Alembic compares with and `create_all` builds.
+
+Conventions: every key begins with the app, and with the stream where there is one, so that the tables shard by
+tenant and stream. Times are milliseconds since 1970 (UTC). Columns named `sealed` hold ciphertext; the item that
+their associated data names is given beside them. `sid` numbers a stream inside the server and is never shown.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, MetaData, PrimaryKeyConstraint, Table, Text
+
+metadata = MetaData()
+
+
+def _int(name: str, *, null: bool = False, default: str | None = None) -> Column[int]:
+    return Column(name, BigInteger, nullable=null, server_default=default)
+
+
+def _text(name: str, *, null: bool = False, default: str | None = None) -> Column[str]:
+    return Column(name, Text, nullable=null, server_default=default)
+
+
+def _blob(name: str, *, null: bool = False) -> Column[bytes]:
+    return Column(name, LargeBinary, nullable=null)
+
+
+meta = Table("meta", metadata, Column("name", Text, primary_key=True), _text("value"))
+
+apps = Table(
+    "apps",
+    metadata,
+    # The app's number inside the server.
+    Column("app", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("id", Text, nullable=False, unique=True),
+    _text("name"),
+    _text("settings"),
+    _int("created_at"),
+)
+
+# Wrapped by the root key. `purpose`: data (wraps stream keys, seals profiles) or index (keys fingerprints).
+app_keys = Table(
+    "app_keys",
+    metadata,
+    _int("app"),
+    _text("purpose"),
+    _int("version"),
+    _text("root_kid"),
+    _blob("wrapped"),
+    _int("created_at"),
+    PrimaryKeyConstraint("app", "purpose", "version"),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Text, primary_key=True),
+    _int("app"),
+    _text("name"),
+    _blob("secret_hash"),
+    _text("scopes"),
+    _int("created_at"),
+    _int("expires_at", null=True),
+    _int("revoked_at", null=True),
+    _int("last_used_at", null=True),
+    Index("api_keys_app", "app"),
+)
+
+# Keys that verify users' tokens; HS256 secrets are sealed (item: `signing:` + kid), public keys stand as PEM.
+signing_keys = Table(
+    "signing_keys",
+    metadata,
+    _int("app"),
+    _text("kid"),
+    _text("algorithm"),
+    _blob("sealed", null=True),
+    _text("public_key", null=True),
+    _text("status"),
+    _int("created_at"),
+    PrimaryKeyConstraint("app", "kid"),
+)
+
+identity_providers = Table(
+    "identity_providers",
+    metadata,
+    _int("app"),
+    _text("id"),
+    _text("jwks_url"),
+    _text("algorithms"),
+    _int("cache_seconds"),
+    _int("created_at"),
+    PrimaryKeyConstraint("app", "id"),
+)
+
+roles = Table(
+    "roles",
+    metadata,
+    _int("app"),
+    _text("scope"),
+    _text("name"),
+    _text("grants"),
+    PrimaryKeyConstraint("app", "scope", "name"),
+)
+
+channel_types = Table(
+    "channel_types",
+    metadata,
+    _int("app"),
+    _text("name"),
+    _text("definition"),
+    PrimaryKeyConstraint("app", "name"),
+)
+
+relations = Table(
+    "relations",
+    metadata,
+    _int("app"),
+    _text("user"),
+    _text("other"),
+    _text("kind"),
+    PrimaryKeyConstraint("app", "user", "other", "kind"),
+    Index("relations_other", "app", "other"),
+)
+
+# `sealed`: the profile (name, avatar_url, custom), item `user:` + id, under the app key.
+users = Table(
+    "users",
+    metadata,
+    _int("app"),
+    _text("id"),
+    _int("sid"),
+    _text("role"),
+    _blob("sealed", null=True),
+    _text("labels", default="{}"),
+    _int("created_at"),
+    _int("updated_at"),
+    _int("last_seen_at", null=True),
+    _int("deactivated_at", null=True),
+    _int("deleted_at", null=True),
+    # Tokens issued before this moment are void.
+    _int("tokens_after", default="0"),
+    _int("invisible", default="0"),
+    PrimaryKeyConstraint("app", "id"),
+    Index("users_created", "app", "created_at", "id"),
+)
+
+labels = Table(
+    "labels",
+    metadata,
+    _int("app"),
+    # `user` or `channel`.
+    _text("noun"),
+    _text("name"),
+    _text("value"),
+    _text("id"),
+    PrimaryKeyConstraint("app", "noun", "name", "value", "id"),
+    Index("labels_id", "app", "noun", "id"),
+    sqlite_with_rowid=False,
+)
+
+revoked_tokens = Table(
+    "revoked_tokens",
+    metadata,
+    _int("app"),
+    _text("jti"),
+    _int("expires_at"),
+    PrimaryKeyConstraint("app", "jti"),
+)
+
+devices = Table(
+    "devices",
+    metadata,
+    _int("app"),
+    _text("user"),
+    _text("id"),
+    _text("platform", null=True),
+    # The name, item `device:` + user + `/` + id, under the app key.
+    _blob("sealed", null=True),
+    _int("created_at"),
+    _int("last_seen_at"),
+    PrimaryKeyConstraint("app", "user", "id"),
+)
+
+# How far each device of each user has acknowledged each stream.
+device_positions = Table(
+    "device_positions",
+    metadata,
+    _int("app"),
+    _text("user"),
+    _text("device"),
+    _int("sid"),
+    _int("seq"),
+    _int("at"),
+    PrimaryKeyConstraint("app", "user", "device", "sid"),
+    sqlite_with_rowid=False,
+)
+
+streams = Table(
+    "streams",
+    metadata,
+    Column("sid", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    _int("app"),
+    # `channel` or `user`, and the channel's or user's id.
+    _text("kind"),
+    _text("ref"),
+    _text("epoch"),
+    _int("head", default="0"),
+    # Messages that count as unread: neither system nor silent.
+    _int("counted", default="0"),
+    _int("messages", default="0"),
+    # The oldest seq that is still there, minus one: cursors below it have expired.
+    _int("floor", default="0"),
+    _int("moved_at"),
+    _int("last_message_at", null=True),
+    # Grows whenever who may do what here may have changed; an append authorised under an older one is refused.
+    _int("access_version", default="1"),
+    _blob("key_wrapped", null=True),
+    _int("key_version", null=True),
+    _int("key_app_version", null=True),
+    Index("streams_ref", "app", "kind", "ref", unique=True),
+    Index("streams_moved", "app", "moved_at"),
+)
+
+# `sealed`: name, description, avatar_url, custom; item `channel`, under the stream's key.
+channels = Table(
+    "channels",
+    metadata,
+    _int("app"),
+    _text("id"),
+    _int("sid"),
+    _text("type"),
+    _blob("sealed", null=True),
+    _text("labels", default="{}"),
+    # The two members of a direct channel, sorted and joined: one channel per pair.
+    _text("pair", null=True),
+    _text("created_by", null=True),
+    _int("created_at"),
+    _int("updated_at"),
+    _int("frozen", default="0"),
+    _int("deleted_at", null=True),
+    _int("member_count", default="0"),
+    PrimaryKeyConstraint("app", "id"),
+    Index("channels_sid", "sid", unique=True),
+    Index("channels_pair", "app", "type", "pair", unique=True),
+    Index("channels_created", "app", "created_at", "id"),
+)
+
+members = Table(
+    "members",
+    metadata,
+    _int("app"),
+    _int("sid"),
+    _text("user"),
+    _text("role"),
+    _int("joined_at"),
+    # Head of the stream when they joined: with history `since_join` nothing at or before it is theirs to see.
+    _int("joined_seq"),
+    _int("delivered", default="0"),
+    _int("read", default="0"),
+    # How many counted messages stand at or before `read`.
+    _int("read_counted", default="0"),
+    # Set by "mark unread": the seq from which everything counts as unread.
+    _int("marked_from", null=True),
+    _int("hidden", default="0"),
+    _int("archived", default="0"),
+    _int("muted_until", null=True),
+    # When the caller's own side last changed (joined, read, settings), for other devices' catch-up.
+    _int("moved_at"),
+    PrimaryKeyConstraint("app", "sid", "user"),
+    Index("members_user", "app", "user", "sid"),
+    sqlite_with_rowid=False,
+)
+
+# The log. `item` names the row in the associated data of `sealed` (a message's version, a change's id).
+# `redacted`: 1 hidden by a deletion, 2 destroyed.
+events = Table(
+    "events",
+    metadata,
+    _int("app"),
+    _int("sid"),
+    _int("seq"),
+    _text("type"),
+    _int("at"),
+    _text("by", null=True),
+    _text("ref", null=True),
+    _text("item"),
+    _blob("sealed", null=True),
+    _int("redacted", default="0"),
+    PrimaryKeyConstraint("app", "sid", "seq"),
+    sqlite_with_rowid=False,
+)
+# A message's later versions: few rows, found when it is edited, deleted or looked into.
+Index(
+    "events_versions",
+    events.c.app,
+    events.c.sid,
+    events.c.ref,
+    events.c.seq,
+    sqlite_where=events.c.type == "message.updated",
+    postgresql_where=events.c.type == "message.updated",
+)
+
+messages = Table(
+    "messages",
+    metadata,
+    _int("app"),
+    _int("sid"),
+    _int("seq"),
+    _text("id"),
+    _text("sender"),
+    _text("key"),
+    # Keyed fingerprint of what was sent: tells a retry from another body under the same key.
+    _blob("digest"),
+    # The event that holds the current content.
+    _int("content_seq"),
+    # How many counted messages stand at or before this one.
+    _int("counted"),
+    # 1 system, 2 silent, 4 counts as unread, 8 mentions all.
+    _int("flags"),
+    _text("reply_to", null=True),
+    _int("at"),
+    _int("edits", default="0"),
+    _int("edited_at", null=True),
+    _text("edited_by", null=True),
+    _int("deleted_at", null=True),
+    _text("deleted_by", null=True),
+    PrimaryKeyConstraint("app", "sid", "seq"),
+    Index("messages_id", "app", "sid", "id", unique=True),
+    # For ever: a retry finds its first result here.
+    Index("messages_key", "app", "sid", "sender", "key", unique=True),
+    sqlite_with_rowid=False,
+)
+# Few rows: deletions of counted messages, subtracted from unread counts.
+Index(
+    "messages_deleted",
+    messages.c.app,
+    messages.c.sid,
+    messages.c.seq,
+    sqlite_where=messages.c.deleted_at.is_not(None),
+    postgresql_where=messages.c.deleted_at.is_not(None),
+)
+Index(
+    "messages_replies",
+    messages.c.app,
+    messages.c.sid,
+    messages.c.reply_to,
+    messages.c.seq,
+    sqlite_where=messages.c.reply_to.is_not(None),
+    postgresql_where=messages.c.reply_to.is_not(None),
+)
+
+mentions = Table(
+    "mentions",
+    metadata,
+    _int("app"),
+    _int("sid"),
+    # A user id, or `*` for everyone.
+    _text("user"),
+    _int("seq"),
+    PrimaryKeyConstraint("app", "sid", "user", "seq"),
+    sqlite_with_rowid=False,
+)
+
+reactions = Table(
+    "reactions",
+    metadata,
+    _int("app"),
+    _int("sid"),
+    _int("message_seq"),
+    _text("emoji"),
+    _text("user"),
+    _int("at"),
+    PrimaryKeyConstraint("app", "sid", "message_seq", "emoji", "user"),
+    sqlite_with_rowid=False,
+)
+
+# What jobs have still to look at, written with the event. Taken by id, so order of commits does not matter.
+outbox = Table(
+    "outbox",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    _int("app"),
+    _int("sid"),
+    _int("seq"),
+    _text("type"),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    _int("app"),
+    _text("id"),
+    _int("at"),
+    _text("actor"),
+    _text("action"),
+    _text("target"),
+    _text("detail", default="{}"),
+    PrimaryKeyConstraint("app", "id"),
+    Index("audit_at", "app", "at", "id"),
+)

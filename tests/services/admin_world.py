@@ -1,0 +1,140 @@
+"""A server without doors: store, bus, keys and the services that administer an app and let people in."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sqlalchemy import create_engine
+
+from tidings.server.bus.base import Notice
+from tidings.server.bus.local import LocalBus
+from tidings.server.clock import Ids, ManualClock
+from tidings.server.crypto.keyfile import KeyFile
+from tidings.server.crypto.keyring import Keyring
+from tidings.server.domain.netguard import OutboundPolicy
+from tidings.server.domain.permissions import grants_of
+from tidings.server.outbound import GuardedClient
+from tidings.server.services.access import Actor
+from tidings.server.services.admin import Admin, NewApp
+from tidings.server.services.apps import AppContext, Apps
+from tidings.server.services.auth import Auth
+from tidings.server.services.change import Changes
+from tidings.server.services.jwks import JwksCache
+from tidings.server.services.tokens import SigningKey, TokenVerifier, mint
+from tidings.server.store.base import Row, Tx
+from tidings.server.store.sqlite import SqliteStore
+from tidings.server.store.tables import metadata
+
+NOW = 1_790_000_000_000
+
+
+class CountingStore(SqliteStore):
+    """A store that says how often it was read."""
+
+    reads = 0
+
+    async def read(self, unit):  # type: ignore[no-untyped-def]
+        self.reads += 1
+        return await super().read(unit)
+
+
+@dataclass
+class World:
+    store: CountingStore
+    bus: LocalBus
+    clock: ManualClock
+    apps: Apps
+    admin: Admin
+    auth: Auth
+    new: NewApp
+    notices: list[Notice] = field(default_factory=list)
+    ensured: list[str] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        return self.new.api_key
+
+    async def app(self) -> AppContext:
+        return await self.apps.get(self.new.app_id)
+
+    async def backend(self, *words: str) -> Actor:
+        """The app's backend, with these scopes or all of them."""
+        return Actor(await self.app(), None, grants_of(words or ("*",)), "key:test")
+
+    async def rows(self, sql: str, *args: object) -> list[Row]:
+        async def unit(tx: Tx) -> list[Row]:
+            return await tx.all(sql, *args)
+
+        return await self.store.read(unit)
+
+    async def write(self, sql: str, *args: object) -> None:
+        async def unit(tx: Tx) -> None:
+            await tx.execute(sql, *args)
+
+        await self.store.run(unit)
+
+    async def add_user(self, id: str, role: str = "user") -> None:
+        app = (await self.app()).app
+        await self.write("INSERT INTO users(app,id,sid,role,created_at,updated_at) VALUES (?,?,0,?,0,0)", app, id, role)
+
+    async def token(self, user: str, *, ttl: int = 3600, jti: str | None = None, **claims: object) -> str:
+        """A token as the app's own identity system would sign it."""
+        from tidings.server.services.auth import verifying_keys
+
+        keys = verifying_keys(await self.app())
+        key = SigningKey(self.new.signing_kid, "HS256", self.new.signing_secret)
+        return mint(keys, key, user, ttl, self.clock.now_ms(), jti=jti, claims=claims)
+
+
+@dataclass
+class UsersThatExistOnceAsked:
+    """Makes users as the real service does, as far as the door can tell."""
+
+    store: SqliteStore
+    ensured: list[str] = field(default_factory=list)
+
+    async def ensure(self, app: AppContext, user_id: str) -> None:
+        self.ensured.append(user_id)
+
+        async def unit(tx: Tx) -> None:
+            await tx.execute(
+                "INSERT INTO users(app,id,sid,role,created_at,updated_at) VALUES (?,?,0,'user',0,0)"
+                " ON CONFLICT (app,id) DO NOTHING",
+                app.app,
+                user_id,
+            )
+
+        await self.store.run(unit)
+
+
+@asynccontextmanager
+async def open_world(folder: Path) -> AsyncIterator[World]:
+    path = folder / "tidings.db"
+    engine = create_engine(f"sqlite:///{path}")
+    metadata.create_all(engine)
+    engine.dispose()
+    clock = ManualClock(NOW)
+    store = CountingStore(path)
+    bus = LocalBus()
+    keyring = Keyring(KeyFile(folder / "root.key"))
+    apps = Apps(store, keyring)
+    changes = Changes(store, bus)
+    ids = Ids(clock)
+    client = GuardedClient(OutboundPolicy())
+    users = UsersThatExistOnceAsked(store)
+    admin = Admin(store, apps, changes, keyring, clock, ids, OutboundPolicy(hosts=("idp.internal",)))
+    jwks = JwksCache(client)
+    auth = Auth(store, apps, changes, users, TokenVerifier(clock, jwks), bus, clock, ids)
+    new = await admin.create_app("Clinic", "app_clinic")
+    world = World(store, bus, clock, apps, admin, auth, new, ensured=users.ensured)
+    bus.listen(world.notices.append)
+    try:
+        yield world
+    finally:
+        await auth.close()
+        await jwks.aclose()
+        await client.aclose()
+        await store.close()
