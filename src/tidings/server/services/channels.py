@@ -1,7 +1,6 @@
 """Channels: made, found again, listed with what is new in them, changed, deleted."""
 
 # Statements are put together from constants; values are always parameters.
-# ruff: noqa: S608
 
 from __future__ import annotations
 
