@@ -11,7 +11,8 @@ Words that are as wide as the widest user: `user.act_as` and `token.mint` let th
 
 Revocation: `revoke` without a `jti` voids every token whose `iat` lies before the next full second. `iat` counts whole
 seconds, so a token issued later in the same second is void too: ours (`mint`) are dated to the next second then, an
-identity provider must issue the new one after it. A token without `iat` cannot be told from an old one and is void once its user has a mark.
+identity provider must issue the new one after it. A token without `iat` cannot be told from an old one and is void
+once its user has a mark.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from .access import Actor
 from .admin import signing_item
 from .api_keys import PREFIX, matches, parse_key
 from .apps import AppContext, Apps
-from .audit import Action, line_of
+from .audit import Action, line_id, line_of
 from .change import Change, Changes
 from .signing import AppKeys, JwksSource, KeyStatus, SigningKey
 from .tokens import Pending, TokenRefused, TokenVerifier, Verified, unverified_app
@@ -273,7 +274,7 @@ class Auth:
             actor,
             Action.TOKEN_MINTED,
             f"user:{user_id}",
-            self._ids.new_id("au_"),
+            line_id(self._ids),
             now,
             jti=jti,
             ttl_seconds=ttl_seconds,
@@ -299,7 +300,7 @@ class Auth:
         detail = {} if jti is None else {"jti": jti}
         # Everything between `user/` and what follows the slash in ASCII: the marks of this user's tokens.
         own_marks = (revoked_name(user_id, ""), f"{user_id}0")
-        line = line_of(actor, Action.TOKENS_REVOKED, f"user:{user_id}", self._ids.new_id("au_"), now, **detail)
+        line = line_of(actor, Action.TOKENS_REVOKED, f"user:{user_id}", line_id(self._ids), now, **detail)
 
         async def unit(tx: Tx) -> Change[None]:
             if jti is not None:
