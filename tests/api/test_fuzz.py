@@ -60,7 +60,13 @@ class Served:
                 channel = await world.channel("alice", "bob")
                 sent = await world.send("alice", channel)
                 await world.ok("backend", "PUT", "/v1/app/channel-types/own", {})
-                self.real = {"channel": channel, "message": sent["id"], "user": "bob", "type": "own", "level": "channel"}
+                self.real = {
+                    "channel": channel,
+                    "message": sent["id"],
+                    "user": "bob",
+                    "type": "own",
+                    "level": "channel",
+                }
                 self.server = uvicorn.Server(
                     uvicorn.Config(world.rest, port=0, lifespan="off", log_config=None, access_log=False, ws="none")
                 )

@@ -42,9 +42,7 @@ async def test_the_document_is_valid_openapi(document: dict[str, Any]) -> None:
     validate(document)
 
 
-async def test_every_route_is_described_and_every_description_is_routed(
-    world: World, document: dict[str, Any]
-) -> None:
+async def test_every_route_is_described_and_every_description_is_routed(world: World, document: dict[str, Any]) -> None:
     routed = {
         (method, re.sub(r"{(\w+):\w+}", r"{\1}", route.path))
         for route in world.rest.routes
