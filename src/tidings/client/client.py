@@ -324,9 +324,8 @@ class Client:
             stream = self._streams.adopt(row.name, row.epoch, row.seq)
             stream.behind = row.open
         self._outbox.restore(saved.outbox)
-        self._main = asyncio.create_task(
-            self._run(), name=f"tidings-client-{self._device.id}"
-        )  # owned by the client: `_run` reports its own end
+        # owned by the client: `_run` reports its own end
+        self._main = asyncio.create_task(self._run(), name=f"tidings-client-{self._device.id}")
         self._tick_handle = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)
 
     async def close(self) -> None:
@@ -501,12 +500,10 @@ class Client:
         self._callbacks.append((kind, callback))
         if first:
             self._callback_tasks = [
-                asyncio.create_task(
-                    self._call_back(self.events()), name="tidings-callbacks"
-                ),  # owned by the client, which cancels it
-                asyncio.create_task(
-                    self._call_back(self.signals()), name="tidings-callbacks-signals"
-                ),  # owned by the client, which cancels it
+                # owned by the client, which cancels it
+                asyncio.create_task(self._call_back(self.events()), name="tidings-callbacks"),
+                # owned by the client, which cancels it
+                asyncio.create_task(self._call_back(self.signals()), name="tidings-callbacks-signals"),
             ]
 
     async def _call_back(self, items: AsyncIterator[Any]) -> None:
@@ -778,9 +775,8 @@ class Client:
 
     async def _open_until(self, ended: asyncio.Future[_Ending], connected: Connected) -> None:
         """Open the session; when the connection ends meanwhile, so does the opening."""
-        opening = asyncio.create_task(
-            self._open_session(connected), name="tidings-opening"
-        )  # owned by this method, which awaits it
+        # owned by this method, which awaits it
+        opening = asyncio.create_task(self._open_session(connected), name="tidings-opening")
         ended.add_done_callback(lambda _: opening.cancel())
         try:
             await opening
@@ -1327,9 +1323,8 @@ class Client:
             self._send_ack()
         if self._next_refresh is not None and now >= self._next_refresh:
             self._next_refresh = None
-            self._refresh_task = asyncio.create_task(
-                self._refresh(), name="tidings-refresh"
-            )  # owned by the client; `_refresh` handles its errors
+            # owned by the client; `_refresh` handles its errors
+            self._refresh_task = asyncio.create_task(self._refresh(), name="tidings-refresh")
         self._outbox.repeat_unanswered()
 
     def _plan_ping(self, now: float) -> None:

@@ -259,9 +259,8 @@ class HttpTransport:
             await self._http.aclose()
             raise NotConnected(f"{self._base} is not a Tidings server: {error}") from error
         self._session = opened.session
-        self._task = asyncio.create_task(
-            self._live(opened.frames), name="tidings-http"
-        )  # owned by the transport: `_live` reports its own end
+        # owned by the transport: `_live` reports its own end
+        self._task = asyncio.create_task(self._live(opened.frames), name="tidings-http")
 
     def authorize(self, token: str) -> None:
         """Use a fresh token for the requests from now on."""
