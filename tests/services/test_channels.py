@@ -227,7 +227,7 @@ async def test_a_deleted_channel_is_gone_for_everyone_and_unreadable_for_ever(
     with pytest.raises(CryptoError):
         world.keyring.cipher(world.app.id, str(sid), world.apps.stream_key(wrapped, version, app_version))
     await refused("already_exists", world.channels.create(owner, ChannelCreate(id="c1")), "id")
-    assert await world.rows("SELECT action, target FROM audit") == [("channel.delete", "channel:c1")]
+    assert await world.rows("SELECT action, target FROM audit") == [("channel.deleted", "channel:c1")]
 
 
 async def test_a_deletion_that_was_cut_short_is_finished_at_the_next_start(

@@ -31,7 +31,7 @@ async def test_a_member_who_is_removed_is_cut_off_before_the_others_hear_of_it(w
     await refused("not_found", world.channels.get(bob, channel.id), "channel")
     await refused("not_found", world.send(bob, channel.id), "channel")
     assert (await world.channels.get(alice, channel.id)).member_count == 1
-    assert await world.rows("SELECT action, target FROM audit") == [("member.remove", f"channel:{channel.id}")]
+    assert await world.rows("SELECT action, target FROM audit") == [("member.removed", f"channel:{channel.id}")]
 
 
 async def test_a_new_member_has_read_everything_that_was_there(world: World) -> None:
@@ -125,7 +125,7 @@ async def test_nobody_touches_members_with_more_rights_or_gives_rights_they_lack
     await refused("not_found", members.update(bob, channel.id, "nobody", MemberUpdate(role="reader")), "user")
     app_moderator = await world.user("sheriff", "moderator")
     await refused("forbidden", members.remove(app_moderator, channel.id, "owner"), "user")
-    assert len(await world.rows("SELECT 1 FROM audit WHERE action='member.update'")) == 2
+    assert len(await world.rows("SELECT 1 FROM audit WHERE action='member.role_changed'")) == 2
 
 
 async def test_somebody_stays_who_can_manage_roles(world: World) -> None:

@@ -1,8 +1,5 @@
 """Channels: made, found again, listed with what is new in them, changed, deleted."""
 
-# Statements are put together from constants; values are always parameters.
-# ruff: noqa: S608
-
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -27,6 +24,7 @@ from tidings.wire.resources import Channel, Membership, Message
 
 from .access import ATTEMPTS_MAX, Access, AccessService, Actor, ChannelView, Member
 from .apps import AppContext, Apps, CompiledType
+from .audit import Action, line_of
 from .change import Change, Changes, record
 from .counting import HIDDEN, MENTIONED, UNREAD
 from .membership import (
@@ -651,7 +649,8 @@ class Channels:
             if (hidden, archived, muted) == (bool(side.hidden), bool(side.archived), side.muted_until):
                 return Change(render_channel(row, channel.cipher, side))
             await tx.execute(
-                "UPDATE members SET hidden=?, archived=?, muted_until=?, moved_at=? WHERE app=? AND sid=? AND members.user=?",
+                "UPDATE members SET hidden=?, archived=?, muted_until=?, moved_at=?"
+                " WHERE app=? AND sid=? AND members.user=?",
                 row.messages + 1 if hidden else 0,
                 int(archived),
                 muted,
@@ -728,15 +727,7 @@ class Channels:
             await write_labels(tx, app.app, "channel", channel_id, {})
             await shred(tx, channel.sid)
             await log.touch_access(tx, channel.sid)
-            await log.write_audit(
-                tx,
-                app=app.app,
-                id=job.mark,
-                at=now,
-                actor=actor.via,
-                action="channel.delete",
-                target=f"channel:{channel_id}",
-            )
+            await line_of(actor, Action.CHANNEL_DELETED, f"channel:{channel_id}", job.mark, now).write(tx)
             told, more = await self._release_some(tx, app, channel.sid, channel_id, job)
             if more:
                 await tx.execute(

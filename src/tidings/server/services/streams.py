@@ -1,8 +1,5 @@
 """Making streams, and the streams that belong to users."""
 
-# Statements are put together from constants; values are always parameters.
-# ruff: noqa: S608
-
 from __future__ import annotations
 
 import base64
