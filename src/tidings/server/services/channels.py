@@ -39,7 +39,7 @@ from .membership import (
 )
 from .messages import check_custom, last_message
 from .paging import make_cursor, read_cursor
-from .streams import insert_new, new_stream, record_own, shred, user_streams, with_keys
+from .streams import SidTaken, insert_new, new_stream, record_own, shred, user_streams, with_keys
 from .users import write_labels
 
 P = Permission
@@ -315,11 +315,13 @@ class Channels:
             return Change((await self._render(tx, actor, channel_id), True), (created, *notices))
 
         async def attempt() -> tuple[Channel, bool]:
+            nonlocal stream
             for _ in range(ATTEMPTS_MAX):
                 try:
                     return await self._changes.run(unit)
-                except _Raced:
-                    continue
+                except (_Raced, SidTaken):
+                    # Also when another stream drew this number in the same millisecond.
+                    stream = new_stream(self._keyring, app, self._ids, now)
             raise StoreUnavailable("others make the same channel")
 
         return await with_keys(self._apps, app, attempt)

@@ -178,7 +178,11 @@ class Users:
                 raise Refusal("already_exists", "There is a user with this id.", field="id")
             return Change(render_user(app, row, last_seen=True))
 
-        return await self._changes.run(unit)
+        def renew() -> None:
+            nonlocal stream
+            stream = new_stream(self._keyring, app, self._ids, now)
+
+        return await with_keys(self._apps, app, lambda: self._changes.run(unit), renew=renew)
 
     async def upsert(self, actor: Actor, users: list[UserUpsert]) -> list[User]:
         """Create or change many users at once, all or none; in the order given. Who is as told already stays untouched.
@@ -239,7 +243,11 @@ class Users:
                 done[number] = render_user(app, row, last_seen=True)
             return Change([done[number] for number in range(len(users))], tuple(notices))
 
-        return await with_keys(self._apps, app, lambda: self._changes.run(unit))
+        def renew() -> None:
+            nonlocal streams
+            streams = [new_stream(self._keyring, app, self._ids, now) for _ in users]
+
+        return await with_keys(self._apps, app, lambda: self._changes.run(unit), renew=renew)
 
     async def update(self, actor: Actor, user_id: str, body: UserUpdate) -> User:
         """Change the named fields. Users may change themselves (`user.update_own`), but never their own role."""
@@ -281,7 +289,11 @@ class Users:
                 row = await self._insert(tx, app, user_id, ORDINARY_ROLE, Profile(), {}, stream, now)
                 return Change((None,) if row is not None else await look(tx))
 
-            found = await self._changes.run(unit)
+            def renew() -> None:
+                nonlocal stream
+                stream = new_stream(self._keyring, app, self._ids, now)
+
+            found = await with_keys(self._apps, app, lambda: self._changes.run(unit), renew=renew)
         if found is not None and found[0] is not None:
             raise Refusal("user_unknown", "The user was deleted.")
 
