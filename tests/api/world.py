@@ -36,6 +36,7 @@ from tidings.server.services.receipts import Receipts
 from tidings.server.services.sync import Sync
 from tidings.server.services.tokens import TokenVerifier
 from tidings.server.services.users import Users
+from tidings.server.store.base import Tx
 from tidings.server.store.sqlite import SqliteStore
 from tidings.server.store.tables import metadata
 from tidings.server.telemetry import Metrics
@@ -88,6 +89,14 @@ class World:
     async def channel(self, *members: str, type: str = "group", **fields: Any) -> str:
         made = await self.ok("backend", "POST", "/v1/channels", {"type": type, "members": list(members), **fields})
         return str(made["id"])
+
+    async def execute(self, sql: str, *args: Any) -> None:
+        """Change the database behind the server's back."""
+
+        async def unit(tx: Tx) -> int:
+            return await tx.execute(sql, *args)
+
+        await self.services.store.run(unit)
 
     async def send(self, who: str, channel: str, text: str = "hello", **fields: Any) -> Any:
         body = {"text": text, "key": f"k{next(self.counter)}", **fields}

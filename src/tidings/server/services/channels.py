@@ -436,7 +436,10 @@ class Channels:
             most = limits.PAGE_MAX if name == "ids" else MEMBERS_ASKED_MAX
             if given is not None and len(given) > most:
                 raise Refusal("invalid_field", f"At most {most} at once.", field=name, bound=most)
-        everything = actor.user is None or actor.may(P.CHANNEL_LIST_ANY)
+        everything = actor.may(P.CHANNEL_LIST_ANY) or (actor.user is None and actor.may(P.CHANNEL_READ))
+        if actor.user is None and not everything:
+            # A key with narrow scopes: there is nothing that it is a member of.
+            actor.check(P.CHANNEL_LIST_ANY)
         mine = actor.user is not None and (joined is True or (joined is None and not everything))
         if mine:
             source = " FROM members m JOIN streams s ON s.sid=m.sid JOIN channels c ON c.sid=m.sid"
