@@ -139,7 +139,7 @@ async def list_roles(call: Call[None, None]) -> Page[Role]:
 @operation(
     "app.put_role",
     "PUT",
-    "/v1/app/roles/{scope}/{role}",
+    "/v1/app/roles/{level}/{role}",
     "Define a role",
     reply=Role,
     body=RolePut,
@@ -147,14 +147,14 @@ async def list_roles(call: Call[None, None]) -> Page[Role]:
 )
 async def put_role(call: Call[None, RolePut]) -> Role:
     """Replaces the role of this name, a built-in one too. Takes effect on open connections."""
-    scope = cast("Scope", call.path["scope"])
+    scope = cast("Scope", call.path["level"])
     return await call.services.admin.put_role(call.actor, scope, call.path["role"], call.body.grants)
 
 
-@operation("app.delete_role", "DELETE", "/v1/app/roles/{scope}/{role}", "Delete a role", problems=("conflict",))
+@operation("app.delete_role", "DELETE", "/v1/app/roles/{level}/{role}", "Delete a role", problems=("conflict",))
 async def delete_role(call: Call[None, None]) -> None:
     """A built-in role gets its original grants back. Refused while something still uses a role of the app's own."""
-    await call.services.admin.delete_role(call.actor, cast("Scope", call.path["scope"]), call.path["role"])
+    await call.services.admin.delete_role(call.actor, cast("Scope", call.path["level"]), call.path["role"])
 
 
 @operation("app.list_types", "GET", "/v1/app/channel-types", "List channel types", reply=Page[ChannelType])

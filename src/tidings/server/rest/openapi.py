@@ -54,7 +54,7 @@ _PARAMETERS: Final = {
     "message": ("A message's id", "m_01J9ZQ4T8V6N2R5C7XKDMBWEHY"),
     "device": ("A device's id", "phone-1"),
     "emoji": ("An emoji, percent-encoded", "👍"),
-    "scope": ("Where the role is held", "channel"),
+    "level": ("Where the role is held", "channel"),
     "role": ("A role's name", "nurse"),
     "type": ("A channel type's name", "consultation"),
     "key": ("An API key's id", "k7f3m2"),
@@ -207,7 +207,7 @@ def _path_parameters(op: Operation) -> list[dict[str, Any]]:
     for name in op.parameters:
         description, example = _PARAMETERS[name]
         schema: dict[str, Any] = {"type": "string", "pattern": r"^[A-Za-z0-9_.:@+\-]{1,128}$"}
-        if name == "scope":
+        if name == "level":
             schema = {"type": "string", "enum": ["app", "channel", "relation"]}
         elif name == "emoji":
             schema = {"type": "string", "pattern": r"^[^\s\x00-\x1f\x7f/]{1,64}$"}

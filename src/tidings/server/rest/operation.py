@@ -192,8 +192,8 @@ def operation(
 # What each path parameter may be; what cannot exist is answered like what does not.
 _ID: Final = re.compile(limits.ID_PATTERN)
 _EMOJI: Final = re.compile(rf"^[^\s\x00-\x1f\x7f]{{1,{limits.EMOJI_LENGTH_MAX}}}\Z")
-_SCOPE: Final = re.compile(r"^(app|channel|relation)\Z")
-PATTERNS: Final[dict[str, re.Pattern[str]]] = {"emoji": _EMOJI, "scope": _SCOPE}
+_LEVEL: Final = re.compile(r"^(app|channel|relation)\Z")
+PATTERNS: Final[dict[str, re.Pattern[str]]] = {"emoji": _EMOJI, "level": _LEVEL}
 
 
 def check_path(parameters: Mapping[str, str]) -> None:

@@ -379,7 +379,7 @@ class Channels:
         if side is None or not side.hidden or actor.user is None:
             return []
         await tx.execute(
-            "UPDATE members SET hidden=0, moved_at=? WHERE app=? AND sid=? AND user=?",
+            "UPDATE members SET hidden=0, moved_at=? WHERE app=? AND sid=? AND members.user=?",
             now,
             actor.app.app,
             channel.sid,
@@ -651,7 +651,7 @@ class Channels:
             if (hidden, archived, muted) == (bool(side.hidden), bool(side.archived), side.muted_until):
                 return Change(render_channel(row, channel.cipher, side))
             await tx.execute(
-                "UPDATE members SET hidden=?, archived=?, muted_until=?, moved_at=? WHERE app=? AND sid=? AND user=?",
+                "UPDATE members SET hidden=?, archived=?, muted_until=?, moved_at=? WHERE app=? AND sid=? AND members.user=?",
                 row.messages + 1 if hidden else 0,
                 int(archived),
                 muted,
@@ -793,13 +793,18 @@ class Channels:
     async def _release_some(
         self, tx: Tx, app: AppContext, sid: int, channel_id: str, job: _Deletion
     ) -> tuple[list[Published], bool]:
-        """End up to `RELEASE_BATCH` memberships of a deleted channel; what those users are told, and whether there may be
-        more of them."""
+        """End up to `RELEASE_BATCH` memberships of a deleted channel: what those users are told, and whether there may
+        be more of them."""
         rows = await tx.all(
-            "SELECT user FROM members WHERE app=? AND sid=? ORDER BY user LIMIT ?", app.app, sid, RELEASE_BATCH
+            "SELECT m.user FROM members m WHERE m.app=? AND m.sid=? ORDER BY m.user LIMIT ?",
+            app.app,
+            sid,
+            RELEASE_BATCH,
         )
         users = [user for (user,) in rows]
-        await tx.many("DELETE FROM members WHERE app=? AND sid=? AND user=?", [(app.app, sid, user) for user in users])
+        await tx.many(
+            "DELETE FROM members WHERE app=? AND sid=? AND members.user=?", [(app.app, sid, user) for user in users]
+        )
         told = [
             await record_left(tx, app, own, channel_id, "deleted", at=job.at, by=job.by, mark=job.mark)
             for own in await user_streams(tx, self._keyring, app, users)

@@ -145,7 +145,7 @@ class Members:
                 await check_not_last_owner(tx, access, user, old)
             now = self._clock.now_ms()
             await tx.execute(
-                "UPDATE members SET role=?, moved_at=? WHERE app=? AND sid=? AND user=?",
+                "UPDATE members SET role=?, moved_at=? WHERE app=? AND sid=? AND members.user=?",
                 body.role,
                 now,
                 channel.app,

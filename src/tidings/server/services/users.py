@@ -471,9 +471,9 @@ class Users:
                 user_id,
             )
             await tx.execute("DELETE FROM labels WHERE app=? AND noun='user' AND id=?", app.app, user_id)
-            await tx.execute("DELETE FROM devices WHERE app=? AND user=?", app.app, user_id)
-            await tx.execute("DELETE FROM device_positions WHERE app=? AND user=?", app.app, user_id)
-            await tx.execute("DELETE FROM relations WHERE app=? AND user=?", app.app, user_id)
+            await tx.execute("DELETE FROM devices WHERE app=? AND devices.user=?", app.app, user_id)
+            await tx.execute("DELETE FROM device_positions WHERE app=? AND device_positions.user=?", app.app, user_id)
+            await tx.execute("DELETE FROM relations WHERE app=? AND relations.user=?", app.app, user_id)
             await tx.execute("DELETE FROM relations WHERE app=? AND other=?", app.app, user_id)
             await shred(tx, row.sid)
             await tx.execute(
@@ -534,7 +534,7 @@ class Users:
         for sid, channel, epoch, wrapped, version, app_version in rows:
             if not wrapped:
                 # The channel is being deleted: nobody is left to be told.
-                await tx.execute("DELETE FROM members WHERE app=? AND sid=? AND user=?", app.app, sid, user)
+                await tx.execute("DELETE FROM members WHERE app=? AND sid=? AND members.user=?", app.app, sid, user)
                 notices.append(Left(app.app, user, sid, channel))
                 continue
             place = Place(sid, channel, epoch, self._cipher(app, sid, wrapped, version, app_version))
@@ -638,7 +638,7 @@ class Users:
                 now,
             )
             rows = await tx.all(
-                "SELECT id FROM devices WHERE app=? AND user=? AND id<>? ORDER BY last_seen_at, id",
+                "SELECT id FROM devices WHERE app=? AND devices.user=? AND id<>? ORDER BY last_seen_at, id",
                 app.app,
                 user,
                 device.id,
@@ -658,7 +658,7 @@ class Users:
             if await user_row(tx, app.app, user_id) is None:
                 raise NotFound("user", field="id")
             rows = await tx.all(
-                "SELECT id, platform, sealed, created_at, last_seen_at FROM devices WHERE app=? AND user=?"
+                "SELECT id, platform, sealed, created_at, last_seen_at FROM devices WHERE app=? AND devices.user=?"
                 " ORDER BY last_seen_at DESC, id",
                 app.app,
                 user_id,
@@ -844,8 +844,10 @@ def _device_item(user: str, device: str) -> bytes:
 
 
 async def _delete_device(tx: Tx, app: int, user: str, device: str) -> int:
-    await tx.execute("DELETE FROM device_positions WHERE app=? AND user=? AND device=?", app, user, device)
-    return await tx.execute("DELETE FROM devices WHERE app=? AND user=? AND id=?", app, user, device)
+    await tx.execute(
+        "DELETE FROM device_positions WHERE app=? AND device_positions.user=? AND device=?", app, user, device
+    )
+    return await tx.execute("DELETE FROM devices WHERE app=? AND devices.user=? AND id=?", app, user, device)
 
 
 def _or(value: Any, otherwise: Any) -> Any:
