@@ -1,4 +1,4 @@
-"""The `tidings` command. Thin: every sub-command lives in `tidings.server.commands` and is imported when it is called."""
+"""The `tidings` command. Thin: sub-commands live in `tidings.server.commands` and are imported when called."""
 
 from __future__ import annotations
 

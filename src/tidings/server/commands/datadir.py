@@ -48,7 +48,7 @@ def hold(data_dir: Path, note: str, *, lock: str = SERVER_LOCK) -> Iterator[None
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             held = os.pread(fd, NOTE_BYTES_MAX, 0).decode(errors="replace").strip() or "another process"
-            raise DataDirInUse(f"{data_dir} is in use: {held}.") from None
+            raise DataDirInUse(f"{data_dir} is in use by {held}.") from None
         os.ftruncate(fd, 0)
         since = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         os.pwrite(fd, f"{note}, pid {os.getpid()}, since {since}\n".encode(), 0)

@@ -82,5 +82,3 @@ async def first_app(services: Services) -> NewApp | None:
     if await services.store.read(any_app):
         return None
     return await services.admin.create_app("First app", via="serve")
-
-

@@ -25,7 +25,7 @@ def settings(config: Path | None, data_dir: Path | None, **more: object) -> Conf
 
 
 def console(*, stderr: bool = True) -> Console:
-    """A console for people: standard error, so that standard output stays for results. No colour when not a terminal."""
+    """A console for people: standard error, since standard output is for results. No colour where no terminal is."""
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False)
@@ -56,7 +56,7 @@ def fail(message: str, do: str = "", status: int = 1) -> NoReturn:
 def what_to_do(error: BaseException) -> str:
     """The step that usually mends an error of the machine; empty where the message says it itself."""
     if isinstance(error, PermissionError):
-        return "Run this as the user that runs the server, or give that user the file (`tidings doctor` looks for more)."
+        return "Run this as the user that runs the server, or give that user the file; `tidings doctor` looks further."
     if isinstance(error, FileNotFoundError):
         return "Look for a typing error in the path; --data-dir names the directory that the server uses."
     if isinstance(error, OSError):
