@@ -7,8 +7,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sqlalchemy import create_engine
-
 from tidings.server.bus.base import Notice
 from tidings.server.bus.local import LocalBus
 from tidings.server.clock import Ids, ManualClock
@@ -20,13 +18,15 @@ from tidings.server.outbound import GuardedClient
 from tidings.server.services.access import Actor
 from tidings.server.services.admin import Admin, NewApp
 from tidings.server.services.apps import AppContext, Apps
-from tidings.server.services.auth import Auth
+from tidings.server.services.auth import Auth, verifying_keys
 from tidings.server.services.change import Changes
 from tidings.server.services.jwks import JwksCache
 from tidings.server.services.tokens import SigningKey, TokenVerifier, mint
+from tidings.server.services.users import Users
 from tidings.server.store.base import Row, Tx
+from tidings.server.store.migrations import migrate
 from tidings.server.store.sqlite import SqliteStore
-from tidings.server.store.tables import metadata
+from tidings.wire.requests import UserCreate
 
 NOW = 1_790_000_000_000
 
@@ -50,8 +50,8 @@ class World:
     admin: Admin
     auth: Auth
     new: NewApp
+    users: Users
     notices: list[Notice] = field(default_factory=list)
-    ensured: list[str] = field(default_factory=list)
 
     @property
     def key(self) -> str:
@@ -59,6 +59,10 @@ class World:
 
     async def app(self) -> AppContext:
         return await self.apps.get(self.new.app_id)
+
+    async def acting(self, user: str) -> Actor:
+        """A user, as the door lets them in."""
+        return (await self.auth.authenticate(self.key, on_behalf_of=user)).actor
 
     async def backend(self, *words: str) -> Actor:
         """The app's backend, with these scopes or all of them."""
@@ -77,45 +81,19 @@ class World:
         await self.store.run(unit)
 
     async def add_user(self, id: str, role: str = "user") -> None:
-        app = (await self.app()).app
-        await self.write("INSERT INTO users(app,id,sid,role,created_at,updated_at) VALUES (?,?,0,?,0,0)", app, id, role)
+        await self.users.create(await self.backend(), UserCreate(id=id, role=role))
 
     async def token(self, user: str, *, ttl: int = 3600, jti: str | None = None, **claims: object) -> str:
         """A token as the app's own identity system would sign it."""
-        from tidings.server.services.auth import verifying_keys
-
         keys = verifying_keys(await self.app())
         key = SigningKey(self.new.signing_kid, "HS256", self.new.signing_secret)
         return mint(keys, key, user, ttl, self.clock.now_ms(), jti=jti, claims=claims)
 
 
-@dataclass
-class UsersThatExistOnceAsked:
-    """Makes users as the real service does, as far as the door can tell."""
-
-    store: SqliteStore
-    ensured: list[str] = field(default_factory=list)
-
-    async def ensure(self, app: AppContext, user_id: str) -> None:
-        self.ensured.append(user_id)
-
-        async def unit(tx: Tx) -> None:
-            await tx.execute(
-                "INSERT INTO users(app,id,sid,role,created_at,updated_at) VALUES (?,?,0,'user',0,0)"
-                " ON CONFLICT (app,id) DO NOTHING",
-                app.app,
-                user_id,
-            )
-
-        await self.store.run(unit)
-
-
 @asynccontextmanager
 async def open_world(folder: Path) -> AsyncIterator[World]:
     path = folder / "tidings.db"
-    engine = create_engine(f"sqlite:///{path}")
-    metadata.create_all(engine)
-    engine.dispose()
+    migrate(path)
     clock = ManualClock(NOW)
     store = CountingStore(path)
     bus = LocalBus()
@@ -124,12 +102,12 @@ async def open_world(folder: Path) -> AsyncIterator[World]:
     changes = Changes(store, bus)
     ids = Ids(clock)
     client = GuardedClient(OutboundPolicy())
-    users = UsersThatExistOnceAsked(store)
+    users = Users(store, apps, changes, clock, ids)
     admin = Admin(store, apps, changes, keyring, clock, ids, OutboundPolicy(hosts=("idp.internal",)))
     jwks = JwksCache(client)
     auth = Auth(store, apps, changes, users, TokenVerifier(clock, jwks), bus, clock, ids)
     new = await admin.create_app("Clinic", "app_clinic")
-    world = World(store, bus, clock, apps, admin, auth, new, ensured=users.ensured)
+    world = World(store, bus, clock, apps, admin, auth, new, users)
     bus.listen(world.notices.append)
     try:
         yield world

@@ -258,12 +258,12 @@ class Config:
 
     # Bounds on what clients send and what is kept for them
     frame_bytes_max: int = _setting(
-        64 * 1024,
+        128 * 1024,
         "Largest frame, or REST body, a client may send.",
         unit="bytes",
         low=1024,
         high=16 * 1024 * 1024,
-        why="The largest message with its custom data fits twice; files travel elsewhere.",
+        why="The largest message, 20,000 characters of four bytes, fits with its custom data; files travel elsewhere.",
     )
     outbox_bytes_max: int = _setting(
         1024 * 1024,
@@ -320,6 +320,18 @@ class Config:
         low=1,
         high=1_000,
         why="Several screens, and some 100 KB of JSON: more takes longer than it helps.",
+    )
+
+    # Who may call
+    cors_origins: tuple[str, ...] = _setting(
+        ("*",),
+        "Origins of web pages that may call the API from a browser, such as https://app.example.com. * is any.",
+        why="No credential here is sent by browsers on their own, so a foreign page gains nothing by calling.",
+    )
+    metrics_public: bool = _setting(
+        False,
+        "Serve /metrics to everybody, not only to callers on this machine or a private network.",
+        why="Numbers of users and errors are nobody else's business.",
     )
 
     # Outbound

@@ -71,9 +71,9 @@ async def _serve(config: Config) -> None:
 
         def ready() -> None:
             if sys.stderr.isatty() or new is not None:
-                from tidings.server.commands.panels import welcome
-
-                welcome(config, new)
+                sys.stderr.write(f"Tidings is at {config.url}\n")
+                if new is not None:
+                    sys.stderr.write(f"app {new.app_id}\nAPI key {new.api_key}\nsigning secret {new.signing_secret}\n")
 
         await server.serve(ready=ready)
         await asyncio.sleep(0)

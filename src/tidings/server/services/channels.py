@@ -1,25 +1,30 @@
 """Channels: made, found again, listed with what is new in them, changed, deleted."""
 
+# Statements are put together from constants; values are always parameters.
+
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
 
-from tidings.server.bus.base import Notice
+from tidings.server.bus.base import AccessChanged, Left, Notice, Published
 from tidings.server.clock import Clock, Ids
 from tidings.server.crypto.keyring import StreamCipher, WrappedStreamKey
-from tidings.server.domain.permissions import NONE, Grants, Permission
+from tidings.server.domain.permissions import NONE, Grants, Permission, has
 from tidings.server.errors import NotFound, Refusal, StoreUnavailable
+from tidings.server.store import log
 from tidings.server.store.base import Row, Store, Tx
+from tidings.wire import limits
 from tidings.wire.codec import encode
-from tidings.wire.events import EventType
-from tidings.wire.ids import time_of
-from tidings.wire.requests import ChannelCreate
-from tidings.wire.resources import Channel, Membership
+from tidings.wire.events import ChannelDeleted, ChannelSettings, EventType
+from tidings.wire.ids import ms_of, time_of
+from tidings.wire.requests import ChannelCreate, ChannelUpdate, MembershipUpdate
+from tidings.wire.resources import Channel, Membership, Message
 
-from .access import ATTEMPTS_MAX, AccessService, Actor
+from .access import ATTEMPTS_MAX, Access, AccessService, Actor, ChannelView, Member
 from .apps import AppContext, Apps, CompiledType
 from .change import Change, Changes, record
 from .counting import HIDDEN, MENTIONED, UNREAD
@@ -29,9 +34,13 @@ from .membership import (
     check_role_exists,
     check_users,
     insert_members,
+    members_of,
+    record_left,
+    render_member,
 )
-from .messages import check_custom
-from .streams import insert_new, new_stream, with_keys
+from .messages import check_custom, last_message
+from .paging import make_cursor, read_cursor
+from .streams import insert_new, new_stream, record_own, shred, user_streams, with_keys
 from .users import write_labels
 
 P = Permission
@@ -62,6 +71,21 @@ class Sealed(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 _ITEM: Final = b"channel"
+# Members shown with a channel in a list: what a row of a channel list has room for.
+MEMBERS_SHOWN_MAX: Final = 10
+# Members or types named in one query: each member is an index probe per channel.
+MEMBERS_ASKED_MAX: Final = 50
+# Members told in one unit that their channel is deleted: at about 50 µs each, others wait 10 ms.
+RELEASE_BATCH: Final = 200
+# A marker in `meta` for every deletion that takes several units.
+DELETING: Final = "deleting:channel:"
+
+Sort: TypeAlias = Literal["last_message", "created", "updated"]
+SORTS: Final[dict[str, str]] = {
+    "last_message": "coalesce(s.last_message_at, c.created_at)",
+    "created": "c.created_at",
+    "updated": "c.updated_at",
+}
 
 
 @dataclass(slots=True, frozen=True)
@@ -161,6 +185,26 @@ def open_sealed(row: ChannelRow, cipher: StreamCipher) -> Sealed:
     if row.sealed is None:
         return Sealed()
     return msgspec.json.decode(cipher.open(row.sealed, _ITEM), type=Sealed)
+
+
+class _Deletion(msgspec.Struct, frozen=True):
+    """A deletion under way, as its marker remembers it. `mark` names its events."""
+
+    mark: str
+    at: int
+    by: str | None
+
+
+def _job_name(app: int, channel_id: str) -> str:
+    return f"{DELETING}{app}:{channel_id}"
+
+
+def _time_or_none(ms: int | None) -> datetime | None:
+    return None if ms is None else time_of(ms)
+
+
+def _or(value: Any, otherwise: Any) -> Any:
+    return otherwise if value is msgspec.UNSET else value
 
 
 class _Raced(Exception):
@@ -327,7 +371,23 @@ class Channels:
 
     async def _show(self, tx: Tx, actor: Actor, channel_id: str, now: int, mark: str) -> list[Notice]:
         """Show a hidden channel to the caller again."""
-        return []
+        row = await tx.one(SELECT_ONE, actor.user, actor.app.app, channel_id)
+        if row is None:
+            return []
+        channel, side = split(row)
+        if side is None or not side.hidden or actor.user is None:
+            return []
+        await tx.execute(
+            "UPDATE members SET hidden=0, moved_at=? WHERE app=? AND sid=? AND members.user=?",
+            now,
+            actor.app.app,
+            channel.sid,
+            actor.user,
+        )
+        settings = ChannelSettings(
+            channel=channel_id, archived=bool(side.archived), muted_until=_time_or_none(side.muted_until)
+        )
+        return await self._record_settings(tx, actor, settings, now, mark)
 
     # ------------------------------------------------------------ reading
 
@@ -341,11 +401,425 @@ class Channels:
 
         return await with_keys(self._apps, actor.app, lambda: self._store.read(unit))
 
-    async def _render(self, tx: Tx, actor: Actor, channel_id: str) -> Channel:
+    async def query(
+        self,
+        actor: Actor,
+        *,
+        types: list[str] | None = None,
+        members: list[str] | None = None,
+        labels: dict[str, str] | None = None,
+        ids: list[str] | None = None,
+        archived: bool | None = None,
+        hidden: bool | None = None,
+        unread_only: bool = False,
+        joined: bool | None = None,
+        sort: Sort = "last_message",
+        limit: int = limits.PAGE_DEFAULT,
+        cursor: str | None = None,
+        include_last_message: bool = False,
+        include_members: bool = False,
+    ) -> tuple[list[Channel], str | None]:
+        """A page of channels, the latest first, and the cursor of the next one.
+
+        Which: users see the channels they are members of, backends and holders of `channel.list_any` all of the app.
+        `joined` True: only one's own; False: only those one is no member of, which are for ordinary users the public
+        ones and those readable through a relation. Narrowed by: `types` (any of them), `ids` (any), `members` (all of
+        them are members), `labels` (all), `unread_only`. Hidden and archived ones are left out unless asked for: True
+        gives only those; with `ids` they are not left out.
+
+        A page may hold fewer than `limit` channels, and the last message and members are left away where the actor
+        may not read them. Raises Refusal `cursor_invalid`, `invalid_field`.
+        """
+        app = actor.app
+        for name, given in (("ids", ids), ("members", members), ("types", types)):
+            most = limits.PAGE_MAX if name == "ids" else MEMBERS_ASKED_MAX
+            if given is not None and len(given) > most:
+                raise Refusal("invalid_field", f"At most {most} at once.", field=name, bound=most)
+        everything = actor.user is None or actor.may(P.CHANNEL_LIST_ANY)
+        mine = actor.user is not None and (joined is True or (joined is None and not everything))
+        if mine:
+            source = " FROM members m JOIN streams s ON s.sid=m.sid JOIN channels c ON c.sid=m.sid"
+            where, args = ["m.app=? AND m.user=?"], [app.app, actor.user]
+        else:
+            source, where, args = _FROM, ["c.app=?"], [actor.user, app.app]
+            if joined is False:
+                where.append("m.user IS NULL")
+            if not everything:
+                self._narrow_to_open(actor, where, args)
+        where.append("c.deleted_at IS NULL")
+        if types is not None:
+            where.append(f"c.type IN ({log.placeholders(types)})" if types else "1=0")
+            args += types
+        if ids is not None:
+            where.append(f"c.id IN ({log.placeholders(ids)})" if ids else "1=0")
+            args += ids
+        for user in members or []:
+            where.append("EXISTS (SELECT 1 FROM members x WHERE x.app=c.app AND x.sid=c.sid AND x.user=?)")
+            args.append(user)
+        for name, value in (labels or {}).items():
+            where.append(
+                "EXISTS (SELECT 1 FROM labels l WHERE l.app=c.app AND l.noun='channel' AND l.name=? AND l.value=?"
+                " AND l.id=c.id)"
+            )
+            args += [name, value]
+        for asked, state in ((archived, "m.archived<>0"), (hidden, HIDDEN)):
+            if asked is True:
+                where.append(f"m.user IS NOT NULL AND {state}")
+            elif asked is False or ids is None:
+                where.append(f"(m.user IS NULL OR NOT {state})")
+        if unread_only:
+            where.append(f"m.user IS NOT NULL AND {UNREAD}>0")
+        listing = ["channels", types, members, labels, ids, archived, hidden, unread_only, joined, sort, actor.user]
+        order = SORTS[sort]
+        if cursor is not None:
+            key, last_id = read_cursor(app, listing, cursor, tuple[int, str])
+            where.append(f"({order}<? OR ({order}=? AND c.id<?))")
+            args += [key, key, last_id]
+        limit = max(1, min(limit, limits.PAGE_MAX))
+        # Which ones first, what is in them after: counts are computed for the page alone.
+        select = f"SELECT c.id, {order}{source} WHERE {' AND '.join(where)} ORDER BY {order} DESC, c.id DESC LIMIT ?"
+
+        async def unit(tx: Tx) -> tuple[list[Channel], str | None]:
+            keys = await tx.all(select, *args, limit + 1)
+            found = []
+            for channel_id, _ in keys[:limit]:
+                row = await tx.one(SELECT_ONE, actor.user, app.app, channel_id)
+                if row is None:
+                    continue
+                channel, side = split(row)
+                access = await self._look(tx, actor, channel, side)
+                if not everything and not access.may(P.CHANNEL_READ):
+                    continue
+                shown = render_channel(channel, access.channel.cipher, side)
+                if include_last_message and access.may(P.CHANNEL_READ):
+                    encoded = await last_message(tx, access)
+                    if encoded is not None:
+                        shown = msgspec.structs.replace(shown, last_message=msgspec.json.decode(encoded, type=Message))
+                if include_members and access.may(P.MEMBER_READ):
+                    receipts = access.channel.type.definition.features.receipts
+                    rows = await members_of(tx, app.app, channel.sid, limit=MEMBERS_SHOWN_MAX)
+                    shown = msgspec.structs.replace(
+                        shown, members=[render_member(member, receipts=receipts) for member in rows]
+                    )
+                found.append(shown)
+            more = None
+            if len(keys) > limit:
+                last_id, key = keys[limit - 1]
+                more = make_cursor(app, listing, [key, last_id])
+            return found, more
+
+        return await with_keys(self._apps, app, lambda: self._store.read(unit))
+
+    @staticmethod
+    def _narrow_to_open(actor: Actor, where: list[str], args: list[Any]) -> None:
+        """Leave only what somebody may read without being a member."""
+        app = actor.app
+        public = [name for name, compiled in app.types.items() if has(compiled.everyone, P.CHANNEL_READ)]
+        kinds = [kind for kind, grants in app.relation_roles.items() if has(grants, P.CHANNEL_READ)]
+        where.append(
+            f"(c.type IN ({log.placeholders(public) or 'NULL'}) OR c.sid IN (SELECT p.sid FROM relations r"
+            " JOIN members p ON p.app=r.app AND p.user=r.other WHERE r.app=? AND r.user=?"
+            f" AND r.kind IN ({log.placeholders(kinds) or 'NULL'})))"
+        )
+        args += [*public, app.app, actor.user, *kinds]
+
+    async def _look(self, tx: Tx, actor: Actor, row: ChannelRow, side: SideRow | None) -> Access:
+        """A channel of a list through the actor: the same sum of grants as `AccessService` computes for one."""
+        app = actor.app
+        compiled = app.types.get(row.type) or app.types["group"]
+        grants = int(compiled.everyone)
+        if side is not None:
+            grants |= compiled.grants.get(side.role, NONE)
+        if actor.user is not None and not (has(Grants(grants), P.CHANNEL_READ) and has(Grants(grants), P.MEMBER_READ)):
+            for (kind,) in await tx.all(
+                "SELECT DISTINCT r.kind FROM relations r JOIN members p ON p.app=r.app AND p.sid=? AND p.user=r.other"
+                " WHERE r.app=? AND r.user=?",
+                row.sid,
+                app.app,
+                actor.user,
+            ):
+                grants |= app.relation_roles.get(kind, NONE)
+        view = ChannelView(
+            app=app.app,
+            id=row.id,
+            sid=row.sid,
+            epoch=row.epoch,
+            type=compiled,
+            frozen=bool(row.frozen),
+            access_version=row.access_version,
+            cipher=self._cipher(app, row),
+            floor=row.floor,
+        )
+        member = (
+            Member(Grants(grants), False, None, 0)
+            if side is None
+            else Member(Grants(grants), True, side.role, side.joined_seq)
+        )
+        return Access(actor, view, member, Grants(actor.grants | grants))
+
+    # ------------------------------------------------------------ changing
+
+    async def update(self, actor: Actor, channel_id: str, body: ChannelUpdate) -> Channel:
+        """Change the named fields; the members hear the whole channel as it is then. Freezing needs `channel.freeze`,
+        everything else `channel.update`."""
+        if body.custom is not msgspec.UNSET:
+            check_custom(body.custom, "custom")
+        described = any(
+            value is not msgspec.UNSET
+            for value in (body.name, body.description, body.avatar_url, body.custom, body.labels)
+        )
+        need = P.CHANNEL_FREEZE if body.frozen is not msgspec.UNSET and not described else P.CHANNEL_UPDATE
+        now = self._clock.now_ms()
+        mark = self._ids.new_id("e_")
+
+        async def unit(tx: Tx, access: Access) -> Change[Channel]:
+            channel = access.channel
+            old, side = await self._row(tx, actor, channel_id)
+            sealed = open_sealed(old, channel.cipher)
+            new_sealed = Sealed(
+                _or(body.name, sealed.name),
+                _or(body.description, sealed.description),
+                _or(body.avatar_url, sealed.avatar_url),
+                _or(body.custom, sealed.custom),
+            )
+            old_labels = msgspec.json.decode(old.labels, type=dict[str, str])
+            labels = _or(body.labels, old_labels)
+            frozen = int(_or(body.frozen, bool(old.frozen)))
+            if (new_sealed, labels, frozen) == (sealed, old_labels, old.frozen):
+                return Change(render_channel(old, channel.cipher, side))
+            if frozen != old.frozen:
+                access.check(P.CHANNEL_FREEZE)
+            # The stream's row is locked: the event's own number is the next one.
+            new = replace(
+                old,
+                sealed=channel.cipher.seal(encode(new_sealed), _ITEM),
+                labels=encode(labels).decode(),
+                frozen=frozen,
+                updated_at=now,
+                head=old.head + 1,
+            )
+            await tx.execute(
+                "UPDATE channels SET sealed=?, labels=?, frozen=?, updated_at=? WHERE app=? AND id=?",
+                new.sealed,
+                new.labels,
+                frozen,
+                now,
+                channel.app,
+                channel_id,
+            )
+            if labels != old_labels:
+                await write_labels(tx, channel.app, "channel", channel_id, labels)
+            notices: list[Notice] = [
+                await record(
+                    tx,
+                    app=channel.app,
+                    sid=channel.sid,
+                    stream=channel_id,
+                    cipher=channel.cipher,
+                    type=EventType.CHANNEL_UPDATED.value,
+                    at=now,
+                    by=actor.user,
+                    ref=channel_id,
+                    item=mark,
+                    data=render_channel(new, channel.cipher, None),
+                )
+            ]
+            if frozen != old.frozen:
+                await log.touch_access(tx, channel.sid)
+                notices.append(AccessChanged(channel.app, sid=channel.sid, channel=channel_id))
+            return Change(render_channel(new, channel.cipher, side), tuple(notices))
+
+        return await with_keys(self._apps, actor.app, lambda: self._access.write(actor, channel_id, need, unit))
+
+    async def set_membership(self, actor: Actor, channel_id: str, body: MembershipUpdate) -> Channel:
+        """Hide, archive or mute a channel for oneself; one's other devices hear of it. A hidden channel shows itself
+        again with its next message. Raises Refusal `conflict` for those who are not members."""
+        now = self._clock.now_ms()
+        mark = self._ids.new_id("e_")
+
+        async def unit(tx: Tx, access: Access) -> Change[Channel]:
+            channel = access.channel
+            row, side = await self._row(tx, actor, channel_id)
+            if side is None:
+                raise Refusal("conflict", "Only members have a side of their own to set here.")
+            hidden = bool(_or(body.hidden, bool(side.hidden)))
+            archived = bool(_or(body.archived, bool(side.archived)))
+            muted = side.muted_until
+            if body.muted_until is not msgspec.UNSET:
+                muted = None if body.muted_until is None else ms_of(body.muted_until)
+            if (hidden, archived, muted) == (bool(side.hidden), bool(side.archived), side.muted_until):
+                return Change(render_channel(row, channel.cipher, side))
+            await tx.execute(
+                "UPDATE members SET hidden=?, archived=?, muted_until=?, moved_at=? WHERE app=? AND sid=? AND members.user=?",
+                row.messages + 1 if hidden else 0,
+                int(archived),
+                muted,
+                now,
+                channel.app,
+                channel.sid,
+                actor.user,
+            )
+            settings = ChannelSettings(
+                channel=channel_id, hidden=hidden, archived=archived, muted_until=_time_or_none(muted)
+            )
+            notices = await self._record_settings(tx, actor, settings, now, mark)
+            side = replace(side, hidden=int(hidden), archived=int(archived), muted_until=muted)
+            return Change(render_channel(row, channel.cipher, side), tuple(notices))
+
+        return await with_keys(
+            self._apps, actor.app, lambda: self._access.write(actor, channel_id, P.CHANNEL_READ, unit)
+        )
+
+    async def _record_settings(
+        self, tx: Tx, actor: Actor, settings: ChannelSettings, now: int, mark: str
+    ) -> list[Notice]:
+        return [
+            await record_own(
+                tx,
+                actor.app,
+                own,
+                type=EventType.CHANNEL_SETTINGS,
+                at=now,
+                by=actor.user,
+                ref=settings.channel,
+                mark=mark,
+                data=settings,
+            )
+            for own in await user_streams(tx, self._keyring, actor.app, [actor.user] if actor.user else [])
+        ]
+
+    # ------------------------------------------------------------ ending
+
+    async def delete(self, actor: Actor, channel_id: str) -> None:
+        """Delete a channel for ever: it is gone for everyone at once, and with its key everything in it is unreadable.
+
+        Members are told on their own streams, in units of `RELEASE_BATCH`, the first of them together with the
+        deletion; all are when this returns, and `resume_deletions` finishes what a crash cuts short. The id is not
+        used again; the pair of a direct channel may start a new one.
+        """
+        app = actor.app
+        now = self._clock.now_ms()
+        job = _Deletion(mark=self._ids.new_id("e_"), at=now, by=actor.user)
+
+        async def unit(tx: Tx, access: Access) -> Change[tuple[int, bool]]:
+            channel = access.channel
+            deleted = await record(
+                tx,
+                app=app.app,
+                sid=channel.sid,
+                stream=channel_id,
+                cipher=channel.cipher,
+                type=EventType.CHANNEL_DELETED.value,
+                at=now,
+                by=actor.user,
+                ref=channel_id,
+                item=job.mark,
+                data=ChannelDeleted(id=channel_id),
+            )
+            await tx.execute(
+                "UPDATE channels SET deleted_at=?, updated_at=?, pair=NULL, sealed=NULL, labels='{}', member_count=0"
+                " WHERE app=? AND id=?",
+                now,
+                now,
+                app.app,
+                channel_id,
+            )
+            await write_labels(tx, app.app, "channel", channel_id, {})
+            await shred(tx, channel.sid)
+            await log.touch_access(tx, channel.sid)
+            await log.write_audit(
+                tx,
+                app=app.app,
+                id=job.mark,
+                at=now,
+                actor=actor.via,
+                action="channel.delete",
+                target=f"channel:{channel_id}",
+            )
+            told, more = await self._release_some(tx, app, channel.sid, channel_id, job)
+            if more:
+                await tx.execute(
+                    "INSERT INTO meta(name,value) VALUES (?,?)", _job_name(app.app, channel_id), encode(job).decode()
+                )
+            return Change(
+                (channel.sid, more),
+                (
+                    deleted,
+                    Left(app.app, None, channel.sid, channel_id),
+                    AccessChanged(app.app, sid=channel.sid, channel=channel_id),
+                    *told,
+                ),
+            )
+
+        sid, more = await with_keys(
+            self._apps, app, lambda: self._access.write(actor, channel_id, P.CHANNEL_DELETE, unit)
+        )
+        self._keyring.forget_stream(app.id, str(sid))
+        if more:
+            await self._finish_deletion(app, sid, channel_id, job)
+
+    async def resume_deletions(self) -> int:
+        """Finish deletions that a crash has cut short, at start; how many there were."""
+
+        async def unit(tx: Tx) -> list[Row]:
+            return await tx.all(
+                "SELECT name, value FROM meta WHERE name>=? AND name<? ORDER BY name", DELETING, DELETING + "\x7f"
+            )
+
+        found = await self._store.read(unit)
+        for name, value in found:
+            number, _, channel_id = name.removeprefix(DELETING).partition(":")
+            app = await self._apps.numbered(int(number))
+
+            async def look(tx: Tx, app: AppContext = app, channel_id: str = channel_id) -> log.StreamRow | None:
+                return await log.stream_of(tx, app.app, "channel", channel_id)
+
+            stream = await self._store.read(look)
+            if stream is not None:
+                await self._finish_deletion(app, stream.sid, channel_id, msgspec.json.decode(value, type=_Deletion))
+        return len(found)
+
+    async def _finish_deletion(self, app: AppContext, sid: int, channel_id: str, job: _Deletion) -> None:
+        async def release(tx: Tx) -> Change[bool]:
+            told, more = await self._release_some(tx, app, sid, channel_id, job)
+            if not more:
+                await tx.execute("DELETE FROM meta WHERE name=?", _job_name(app.app, channel_id))
+            return Change(more, tuple(told))
+
+        while await with_keys(self._apps, app, lambda: self._changes.run(release)):
+            pass
+
+    async def _release_some(
+        self, tx: Tx, app: AppContext, sid: int, channel_id: str, job: _Deletion
+    ) -> tuple[list[Published], bool]:
+        """End up to `RELEASE_BATCH` memberships of a deleted channel: what those users are told, and whether there may
+        be more of them."""
+        rows = await tx.all(
+            "SELECT m.user FROM members m WHERE m.app=? AND m.sid=? ORDER BY m.user LIMIT ?",
+            app.app,
+            sid,
+            RELEASE_BATCH,
+        )
+        users = [user for (user,) in rows]
+        await tx.many(
+            "DELETE FROM members WHERE app=? AND sid=? AND members.user=?", [(app.app, sid, user) for user in users]
+        )
+        told = [
+            await record_left(tx, app, own, channel_id, "deleted", at=job.at, by=job.by, mark=job.mark)
+            for own in await user_streams(tx, self._keyring, app, users)
+        ]
+        return told, len(users) == RELEASE_BATCH
+
+    # ------------------------------------------------------------ parts
+
+    async def _row(self, tx: Tx, actor: Actor, channel_id: str) -> tuple[ChannelRow, SideRow | None]:
         row = await tx.one(SELECT_ONE, actor.user, actor.app.app, channel_id)
         if row is None:
             raise NotFound("channel", field="channel")
-        channel, side = split(row)
+        return split(row)
+
+    async def _render(self, tx: Tx, actor: Actor, channel_id: str) -> Channel:
+        channel, side = await self._row(tx, actor, channel_id)
         return render_channel(channel, self._cipher(actor.app, channel), side)
 
     def _cipher(self, app: AppContext, row: ChannelRow) -> StreamCipher:

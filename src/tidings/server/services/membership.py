@@ -3,6 +3,8 @@
 Both change who may do what, so both move the stream's access version: whatever was authorised before is decided anew.
 """
 
+# Statements are put together from constants; values are always parameters.
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -157,10 +159,10 @@ async def delete_member(
 
     `own`: their own stream, None if it is destroyed. The stream's row is locked by the caller.
     """
-    await tx.execute("DELETE FROM members WHERE app=? AND sid=? AND user=?", app.app, place.sid, user)
+    await tx.execute("DELETE FROM members WHERE app=? AND sid=? AND members.user=?", app.app, place.sid, user)
     await tx.execute(
-        "DELETE FROM device_positions WHERE app=? AND user=? AND sid=? AND device IN"
-        " (SELECT id FROM devices WHERE app=? AND user=?)",
+        "DELETE FROM device_positions WHERE app=? AND device_positions.user=? AND sid=? AND device IN"
+        " (SELECT id FROM devices d WHERE d.app=? AND d.user=?)",
         app.app,
         user,
         place.sid,
@@ -228,12 +230,12 @@ async def check_not_last_owner(tx: Tx, access: Access, user: str, role: str) -> 
         return
     channel = access.channel
     others = await tx.one(
-        "SELECT 1 FROM members WHERE app=? AND sid=? AND user<>? LIMIT 1", channel.app, channel.sid, user
+        "SELECT 1 FROM members m WHERE m.app=? AND m.sid=? AND m.user<>? LIMIT 1", channel.app, channel.sid, user
     )
     if others is None:
         return
     heir = await tx.one(
-        f"SELECT 1 FROM members WHERE app=? AND sid=? AND user<>? AND role IN ({log.placeholders(owners)}) LIMIT 1",
+        f"SELECT 1 FROM members m WHERE m.app=? AND m.sid=? AND m.user<>? AND role IN ({log.placeholders(owners)}) LIMIT 1",
         channel.app,
         channel.sid,
         user,
@@ -247,20 +249,20 @@ async def check_not_last_owner(tx: Tx, access: Access, user: str, role: str) -> 
         )
 
 
-_MEMBER = "user, role, joined_at, delivered, read"
+_MEMBER = "m.user, m.role, m.joined_at, m.delivered, m.read"
 
 
 async def member_of(tx: Tx, app: int, sid: int, user: str) -> Row | None:
     """A membership's row, for `render_member`."""
-    return await tx.one(f"SELECT {_MEMBER} FROM members WHERE app=? AND sid=? AND user=?", app, sid, user)
+    return await tx.one(f"SELECT {_MEMBER} FROM members m WHERE m.app=? AND m.sid=? AND m.user=?", app, sid, user)
 
 
 async def members_of(tx: Tx, app: int, sid: int, *, role: str | None = None, after: str = "", limit: int) -> list[Row]:
     """Members after a user id, in the order of their ids."""
     return await tx.all(
-        f"SELECT {_MEMBER} FROM members WHERE app=? AND sid=? AND user>?"
-        + (" AND role=?" if role is not None else "")
-        + " ORDER BY user LIMIT ?",
+        f"SELECT {_MEMBER} FROM members m WHERE m.app=? AND m.sid=? AND m.user>?"
+        + (" AND m.role=?" if role is not None else "")
+        + " ORDER BY m.user LIMIT ?",
         app,
         sid,
         after,

@@ -688,3 +688,18 @@ async def redact_messages(
         )
         await tx.execute("DELETE FROM mentions WHERE app=? AND sid=? AND seq=?", app, sid, seq)
         await tx.execute("DELETE FROM reactions WHERE app=? AND sid=? AND message_seq=?", app, sid, seq)
+
+
+async def last_message(tx: Tx, access: Access) -> bytes | None:
+    """The latest message that the actor may see, as JSON; part of a unit."""
+    row = await tx.one(
+        f"SELECT {_ROW}{_FROM} WHERE m.app=? AND m.sid=? AND m.seq>? ORDER BY m.seq DESC LIMIT 1",
+        access.channel.app,
+        access.channel.sid,
+        access.floor,
+    )
+    if row is None:
+        return None
+    found = MessageRow(*row)
+    reactions = await Messages._reactions(tx, access, found.seq, found.seq)
+    return render_message(access, found, reactions.get(found.seq))

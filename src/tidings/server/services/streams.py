@@ -1,5 +1,7 @@
 """Making streams, and the streams that belong to users."""
 
+# Statements are put together from constants; values are always parameters.
+
 from __future__ import annotations
 
 import base64

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,7 +33,7 @@ MARK_MARGIN_MS: Final = 10_000
 OWN_STREAM: Final = "@me"
 # Users' own streams kept open in memory.
 OWN_STREAMS_MAX: Final = 20_000
-# Long polls that may wait at a time; beyond that they are answered at once.
+# Streams that long polls may wait for at a time; beyond that they are answered at once.
 WAITERS_MAX: Final = 20_000
 
 
@@ -114,6 +115,7 @@ class Sync:
         self._clock = clock
         self._own: OrderedDict[tuple[int, str], StreamHandle] = OrderedDict()
         self._waiters: dict[int, set[asyncio.Future[None]]] = {}
+        self._waiting = 0
         bus.listen(self._notice)
 
     # ------------------------------------------------------------ heads
@@ -269,10 +271,16 @@ class Sync:
 
     async def wait_for_growth(self, sid: int, seconds: float) -> bool:
         """Wait until the stream is announced to have grown. Call it before reading what there is."""
-        if sum(map(len, self._waiters.values())) >= WAITERS_MAX:
+        return await self.wait_for_any((sid,), seconds)
+
+    async def wait_for_any(self, sids: Collection[int], seconds: float) -> bool:
+        """Wait until one of the streams is announced to have grown. Call it before reading what there is."""
+        if self._waiting + len(sids) > WAITERS_MAX:
             return False
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.setdefault(sid, set()).add(future)
+        self._waiting += len(sids)
+        for sid in sids:
+            self._waiters.setdefault(sid, set()).add(future)
         try:
             async with asyncio.timeout(seconds):
                 await future
@@ -280,11 +288,13 @@ class Sync:
         except TimeoutError:
             return False
         finally:
-            waiting = self._waiters.get(sid)
-            if waiting is not None:
-                waiting.discard(future)
-                if not waiting:
-                    del self._waiters[sid]
+            self._waiting -= len(sids)
+            for sid in sids:
+                waiting = self._waiters.get(sid)
+                if waiting is not None:
+                    waiting.discard(future)
+                    if not waiting:
+                        del self._waiters[sid]
 
     def wake_all(self) -> None:
         """Answer every long poll: the server is draining."""

@@ -1,7 +1,9 @@
 """Users: created by the app's backend or on their first connection, looked up, deactivated, deleted.
 
-A user's id is used once: deletion leaves a tombstone under it, so that what they wrote can never become somebody else's.
+A user's id is used once: deletion leaves a tombstone under it, so that what they wrote never becomes somebody else's.
 """
+
+# Statements are put together from constants; values are always parameters.
 
 from __future__ import annotations
 
@@ -10,24 +12,28 @@ from typing import Any, Final
 
 import msgspec
 
-from tidings.server.bus.base import AccessChanged, Notice
+from tidings.server.bus.base import AccessChanged, Left, Notice, Revoked
 from tidings.server.clock import Clock, Ids
+from tidings.server.crypto.keyring import StreamCipher, WrappedStreamKey
 from tidings.server.domain.permissions import NONE, Permission
 from tidings.server.errors import NotFound, Refusal
 from tidings.server.store import log
 from tidings.server.store.base import Row, Store, Tx
 from tidings.wire import limits
 from tidings.wire.codec import encode
-from tidings.wire.events import EventType
+from tidings.wire.commands import DeviceInfo
+from tidings.wire.events import EventType, MessageDeleted
 from tidings.wire.ids import time_of
 from tidings.wire.requests import UserCreate, UserUpdate, UserUpsert
-from tidings.wire.resources import User
+from tidings.wire.resources import Device, User
 
 from .access import Actor
 from .apps import AppContext, Apps
-from .change import Change, Changes
-from .messages import check_custom
-from .streams import NewStream, insert_new, new_stream, record_own, user_streams, with_keys
+from .change import Change, Changes, record
+from .membership import Place, delete_member
+from .messages import check_custom, redact_messages
+from .paging import make_cursor, read_cursor
+from .streams import NewStream, insert_new, new_stream, record_own, shred, user_streams, with_keys
 
 P = Permission
 
@@ -295,6 +301,396 @@ class Users:
 
         await self._store.run(unit)
 
+    # ------------------------------------------------------------ reading
+
+    async def get(self, actor: Actor, user_id: str) -> User:
+        """A user, or the tombstone of one who was deleted. Everybody may look at themselves."""
+        if actor.user != user_id:
+            actor.check(P.USER_READ)
+        app = actor.app
+
+        async def unit(tx: Tx) -> User:
+            row = await user_row(tx, app.app, user_id)
+            if row is None:
+                raise NotFound("user", field="id")
+            return render_user(app, row, last_seen=await self._shows_last_seen(tx, actor, row))
+
+        return await with_keys(self._apps, app, lambda: self._store.read(unit))
+
+    async def query(
+        self,
+        actor: Actor,
+        *,
+        ids: list[str] | None = None,
+        role: str | None = None,
+        active: bool | None = None,
+        label: dict[str, str] | None = None,
+        limit: int = limits.PAGE_DEFAULT,
+        cursor: str | None = None,
+    ) -> tuple[list[User], str | None]:
+        """A page of users, the oldest first, and the cursor of the next one.
+
+        `active`: only those who are (True) or are not (False) deactivated. `label`: all of these names with these
+        values. Deleted users are left out unless named in `ids`. Raises Refusal `cursor_invalid`.
+        """
+        actor.check(P.USER_READ)
+        app = actor.app
+        if ids is not None and len(ids) > limits.PAGE_MAX:
+            raise Refusal(
+                "invalid_field", f"At most {limits.PAGE_MAX} ids at once.", field="ids", bound=limits.PAGE_MAX
+            )
+        listing = ["users", ids, role, active, label]
+        limit = max(1, min(limit, limits.PAGE_MAX))
+        where = ["u.app=?"]
+        args: list[Any] = [app.app]
+        if ids is not None:
+            where.append(f"u.id IN ({log.placeholders(ids)})" if ids else "1=0")
+            args += ids
+        else:
+            where.append("u.deleted_at IS NULL")
+        if role is not None:
+            where.append("u.role=?")
+            args.append(role)
+        if active is not None:
+            where.append("u.deactivated_at IS NULL" if active else "u.deactivated_at IS NOT NULL")
+        for name, value in (label or {}).items():
+            where.append(
+                "EXISTS (SELECT 1 FROM labels l WHERE l.app=u.app AND l.noun='user' AND l.name=? AND l.value=?"
+                " AND l.id=u.id)"
+            )
+            args += [name, value]
+        if cursor is not None:
+            created_at, last = read_cursor(app, listing, cursor, tuple[int, str])
+            where.append("(u.created_at>? OR (u.created_at=? AND u.id>?))")
+            args += [created_at, created_at, last]
+
+        async def unit(tx: Tx) -> tuple[list[User], str | None]:
+            found = [
+                UserRow(*row)
+                for row in await tx.all(
+                    f"SELECT {_COLUMNS} FROM users u WHERE {' AND '.join(where)} ORDER BY u.created_at, u.id LIMIT ?",
+                    *args,
+                    limit + 1,
+                )
+            ]
+            shown = [
+                render_user(app, row, last_seen=await self._shows_last_seen(tx, actor, row)) for row in found[:limit]
+            ]
+            last = found[limit - 1] if len(found) > limit else None
+            return shown, None if last is None else make_cursor(app, listing, [last.created_at, last.id])
+
+        return await with_keys(self._apps, app, lambda: self._store.read(unit))
+
+    @staticmethod
+    async def _shows_last_seen(tx: Tx, actor: Actor, row: UserRow) -> bool:
+        """Backends and administrators see when someone was last online; people see it of those they share a channel
+        with, if the app shows it at all."""
+        if row.last_seen_at is None:
+            return False
+        if actor.user is None or actor.user == row.id or actor.may(P.USER_UPDATE_ANY):
+            return True
+        if not actor.app.settings.last_seen or row.invisible:
+            return False
+        shared = await tx.one(
+            "SELECT 1 FROM members a JOIN members b ON b.app=a.app AND b.sid=a.sid AND b.user=?"
+            " WHERE a.app=? AND a.user=? LIMIT 1",
+            actor.user,
+            actor.app.app,
+            row.id,
+        )
+        return shared is not None
+
+    # ------------------------------------------------------------ ending
+
+    async def deactivate(self, actor: Actor, user_id: str) -> User:
+        """Lock a user out; everything of theirs stays. Their connections end, their tokens are refused."""
+        return await self._activate(actor, user_id, active=False)
+
+    async def reactivate(self, actor: Actor, user_id: str) -> User:
+        """Let a deactivated user in again."""
+        return await self._activate(actor, user_id, active=True)
+
+    async def _activate(self, actor: Actor, user_id: str, *, active: bool) -> User:
+        actor.check(P.USER_DEACTIVATE)
+        app = actor.app
+        now = self._clock.now_ms()
+        mark = self._ids.new_id("e_")
+
+        async def unit(tx: Tx) -> Change[User]:
+            row = await self._standing(tx, app, user_id)
+            _check_app_rank(actor, row.role, "id")
+            if (row.deactivated_at is None) == active:
+                return Change(render_user(app, row, last_seen=True))
+            await tx.execute(
+                "UPDATE users SET deactivated_at=?, updated_at=? WHERE app=? AND id=?",
+                None if active else now,
+                now,
+                app.app,
+                user_id,
+            )
+            await self._audit(tx, actor, mark, now, "user.reactivate" if active else "user.deactivate", user_id)
+            notices: list[Notice] = [AccessChanged(app.app, user=user_id)]
+            if not active:
+                notices.append(Revoked(app.app, user_id, "user_deactivated"))
+            after = await user_row(tx, app.app, user_id)
+            return Change(render_user(app, after or row, last_seen=True), tuple(notices))
+
+        return await with_keys(self._apps, app, lambda: self._changes.run(unit))
+
+    async def delete(self, actor: Actor, user_id: str) -> None:
+        """Delete a user for ever. A tombstone keeps the id from being used again.
+
+        At once, in one transaction: profile, labels, devices, positions and relations are gone, the key of their own
+        stream is destroyed, tokens are void, connections end. They leave their channels in units of `DELETION_BATCH`,
+        the first of them in that same transaction. With the app's setting `deleted_user_messages` on `redact` their
+        messages are destroyed likewise, unit by unit, each announced to its channel. All is done when this returns;
+        what a crash cuts short, `resume_deletions` finishes. Deleting a deleted user changes nothing.
+        """
+        actor.check(P.USER_DELETE)
+        app = actor.app
+        now = self._clock.now_ms()
+        job = _Deletion(
+            mark=self._ids.new_id("e_"), at=now, by=actor.user, redact=app.settings.deleted_user_messages == "redact"
+        )
+
+        async def unit(tx: Tx) -> Change[int | None]:
+            row = await user_row(tx, app.app, user_id, tx.for_update)
+            if row is None:
+                raise NotFound("user", field="id")
+            if row.deleted_at is not None:
+                return Change(None)
+            _check_app_rank(actor, row.role, "id")
+            await tx.execute(
+                "UPDATE users SET deleted_at=?, updated_at=?, tokens_after=?, sealed=NULL, labels='{}',"
+                " last_seen_at=NULL WHERE app=? AND id=?",
+                now,
+                now,
+                now,
+                app.app,
+                user_id,
+            )
+            await tx.execute("DELETE FROM labels WHERE app=? AND noun='user' AND id=?", app.app, user_id)
+            await tx.execute("DELETE FROM devices WHERE app=? AND devices.user=?", app.app, user_id)
+            await tx.execute("DELETE FROM device_positions WHERE app=? AND device_positions.user=?", app.app, user_id)
+            await tx.execute("DELETE FROM relations WHERE app=? AND relations.user=?", app.app, user_id)
+            await tx.execute("DELETE FROM relations WHERE app=? AND other=?", app.app, user_id)
+            await shred(tx, row.sid)
+            await tx.execute(
+                "INSERT INTO meta(name,value) VALUES (?,?)", _job_name(app.app, user_id), encode(job).decode()
+            )
+            await self._audit(tx, actor, job.mark, now, "user.delete", user_id)
+            notices: list[Notice] = [
+                AccessChanged(app.app, user=user_id),
+                Revoked(app.app, user_id, "user_unknown"),
+                *await self._leave_some(tx, app, user_id, job),
+            ]
+            return Change(row.sid, tuple(notices))
+
+        sid = await with_keys(self._apps, app, lambda: self._changes.run(unit))
+        if sid is not None:
+            self._keyring.forget_stream(app.id, str(sid))
+            await self._finish_deletion(app, user_id, job)
+
+    async def resume_deletions(self) -> int:
+        """Finish deletions that a crash has cut short, at start; how many there were."""
+
+        async def unit(tx: Tx) -> list[Row]:
+            return await tx.all(
+                "SELECT name, value FROM meta WHERE name>=? AND name<? ORDER BY name", DELETING, DELETING + "\x7f"
+            )
+
+        found = await self._store.read(unit)
+        for name, value in found:
+            number, _, user = name.removeprefix(DELETING).partition(":")
+            app = await self._apps.numbered(int(number))
+            await self._finish_deletion(app, user, msgspec.json.decode(value, type=_Deletion))
+        return len(found)
+
+    async def _finish_deletion(self, app: AppContext, user: str, job: _Deletion) -> None:
+        async def leave(tx: Tx) -> Change[bool]:
+            notices = await self._leave_some(tx, app, user, job)
+            return Change(bool(notices), tuple(notices))
+
+        async def done(tx: Tx) -> None:
+            await tx.execute("DELETE FROM meta WHERE name=?", _job_name(app.app, user))
+
+        while await with_keys(self._apps, app, lambda: self._changes.run(leave)):
+            pass
+        if job.redact:
+            await self._redact_all(app, user, job)
+        await self._store.run(done)
+
+    async def _leave_some(self, tx: Tx, app: AppContext, user: str, job: _Deletion) -> list[Notice]:
+        """End up to `DELETION_BATCH` memberships of a deleted user; what to announce, nothing when all are ended."""
+        rows = await tx.all(
+            "SELECT s.sid, s.ref, s.epoch, s.key_wrapped, s.key_version, s.key_app_version FROM members m"
+            " JOIN streams s ON s.sid=m.sid WHERE m.app=? AND m.user=? ORDER BY m.sid LIMIT ?",
+            app.app,
+            user,
+            DELETION_BATCH,
+        )
+        notices: list[Notice] = []
+        for sid, channel, epoch, wrapped, version, app_version in rows:
+            if not wrapped:
+                # The channel is being deleted: nobody is left to be told.
+                await tx.execute("DELETE FROM members WHERE app=? AND sid=? AND members.user=?", app.app, sid, user)
+                notices.append(Left(app.app, user, sid, channel))
+                continue
+            place = Place(sid, channel, epoch, self._cipher(app, sid, wrapped, version, app_version))
+            notices += await delete_member(tx, app, place, user, None, "deleted", at=job.at, by=job.by, mark=job.mark)
+            notices.append(AccessChanged(app.app, sid=sid, channel=channel))
+        return notices
+
+    async def _redact_all(self, app: AppContext, user: str, job: _Deletion) -> None:
+        """Destroy every message of a deleted user. Channels are looked through by an index probe each."""
+        after = ""
+        while True:
+
+            async def scan(tx: Tx, after: str = after) -> tuple[list[Row], str | None]:
+                rows = await tx.all(
+                    "SELECT s.ref, s.sid, CASE WHEN EXISTS (SELECT 1 FROM messages m WHERE m.app=s.app AND m.sid=s.sid"
+                    " AND m.sender=?) THEN 1 ELSE 0 END FROM streams s WHERE s.app=? AND s.kind='channel' AND s.ref>?"
+                    " ORDER BY s.ref LIMIT ?",
+                    user,
+                    app.app,
+                    after,
+                    SCAN_BATCH,
+                )
+                return [row for row in rows if row[2]], rows[-1][0] if rows else None
+
+            found, last = await self._store.read(scan)
+            for channel, sid, _ in found:
+                key: str | None = ""
+                while key is not None:
+                    key = await self._redact_some(app, user, channel, sid, key, job)
+            if last is None:
+                return
+            after = last
+
+    async def _redact_some(
+        self, app: AppContext, user: str, channel: str, sid: int, after: str, job: _Deletion
+    ) -> str | None:
+        """Destroy up to `DELETION_BATCH` messages with keys after `after`; the last key, None at the end."""
+
+        async def unit(tx: Tx) -> Change[str | None]:
+            stream = await log.stream(tx, sid)
+            if stream is None or not stream.key_wrapped:
+                return Change(None)
+            rows = await tx.all(
+                "SELECT key, seq, id FROM messages WHERE app=? AND sid=? AND sender=? AND key>?"
+                " AND deleted_at IS NULL ORDER BY key LIMIT ?",
+                app.app,
+                sid,
+                user,
+                after,
+                DELETION_BATCH,
+            )
+            if not rows:
+                return Change(None)
+            cipher = self._cipher(app, sid, stream.key_wrapped, stream.key_version, stream.key_app_version)
+            targets = [(seq, message_id) for _, seq, message_id in rows]
+            await redact_messages(tx, app.app, sid, targets, job.by, job.at, hard=True)
+            notices: list[Notice] = []
+            for seq, message_id in sorted(targets):
+                notices.append(
+                    await record(
+                        tx,
+                        app=app.app,
+                        sid=sid,
+                        stream=channel,
+                        cipher=cipher,
+                        type=EventType.MESSAGE_DELETED.value,
+                        at=job.at,
+                        by=job.by,
+                        ref=message_id,
+                        item=f"{job.mark}/{message_id}",
+                        data=MessageDeleted(id=message_id, message_seq=seq, hard=True),
+                    )
+                )
+            return Change(rows[-1][0], tuple(notices))
+
+        return await with_keys(self._apps, app, lambda: self._changes.run(unit))
+
+    def _cipher(self, app: AppContext, sid: int, wrapped: bytes, version: int, app_version: int) -> StreamCipher:
+        key = WrappedStreamKey(version=version, app_key_version=app_version, wrapped=wrapped)
+        return self._keyring.cipher(app.id, str(sid), key)
+
+    # ------------------------------------------------------------ devices
+
+    async def register_device(self, app: AppContext, user: str, device: DeviceInfo) -> None:
+        """Remember a device that connects. Beyond `DEVICES_PER_USER_MAX` the one unseen for longest is forgotten with
+        its positions."""
+        now = self._clock.now_ms()
+        sealed = None if device.name is None else app.cipher.seal(device.name.encode(), _device_item(user, device.id))
+
+        async def unit(tx: Tx) -> None:
+            await tx.execute(
+                "INSERT INTO devices(app,user,id,platform,sealed,created_at,last_seen_at) VALUES (?,?,?,?,?,?,?)"
+                " ON CONFLICT (app,user,id) DO UPDATE SET platform=coalesce(excluded.platform, devices.platform),"
+                " sealed=coalesce(excluded.sealed, devices.sealed), last_seen_at=excluded.last_seen_at",
+                app.app,
+                user,
+                device.id,
+                device.platform,
+                sealed,
+                now,
+                now,
+            )
+            rows = await tx.all(
+                "SELECT id FROM devices WHERE app=? AND devices.user=? AND id<>? ORDER BY last_seen_at, id",
+                app.app,
+                user,
+                device.id,
+            )
+            for (old,) in rows[: max(0, len(rows) + 1 - limits.DEVICES_PER_USER_MAX)]:
+                await _delete_device(tx, app.app, user, old)
+
+        await self._store.run(unit)
+
+    async def devices(self, actor: Actor, user_id: str) -> list[Device]:
+        """The devices of oneself, or of anybody with `device.manage_any`; the one seen last first."""
+        if actor.user != user_id:
+            actor.check(P.DEVICE_MANAGE_ANY)
+        app = actor.app
+
+        async def unit(tx: Tx) -> list[Device]:
+            if await user_row(tx, app.app, user_id) is None:
+                raise NotFound("user", field="id")
+            rows = await tx.all(
+                "SELECT id, platform, sealed, created_at, last_seen_at FROM devices WHERE app=? AND devices.user=?"
+                " ORDER BY last_seen_at DESC, id",
+                app.app,
+                user_id,
+            )
+            return [
+                Device(
+                    id=id,
+                    user=user_id,
+                    platform=platform,
+                    name=None if sealed is None else app.cipher.open(sealed, _device_item(user_id, id)).decode(),
+                    created_at=time_of(created_at),
+                    last_seen_at=time_of(last_seen_at),
+                )
+                for id, platform, sealed, created_at, last_seen_at in rows
+            ]
+
+        return await with_keys(self._apps, app, lambda: self._store.read(unit))
+
+    async def remove_device(self, actor: Actor, user_id: str, device_id: str) -> None:
+        """Forget a device and its positions, and end its connections. Raises NotFound."""
+        if actor.user != user_id:
+            actor.check(P.DEVICE_MANAGE_ANY)
+        app = actor.app
+
+        async def unit(tx: Tx) -> Change[None]:
+            if not await _delete_device(tx, app.app, user_id, device_id):
+                raise NotFound("device", field="device")
+            return Change(None, (Revoked(app.app, user_id, "token_revoked", device=device_id),))
+
+        await self._changes.run(unit)
+
+    # ------------------------------------------------------------ parts
+
     async def _insert(
         self,
         tx: Tx,
@@ -421,6 +817,36 @@ class Users:
         row = await tx.one("SELECT deleted_at FROM users WHERE app=? AND id=?", app.app, user)
         if row is not None and row[0] is not None:
             raise Refusal("conflict", "The id belonged to a user who was deleted; it is never used again.", field=field)
+
+    @staticmethod
+    async def _audit(tx: Tx, actor: Actor, id: str, at: int, action: str, user: str) -> None:
+        await log.write_audit(
+            tx, app=actor.app.app, id=id, at=at, actor=actor.via, action=action, target=f"user:{user}"
+        )
+
+
+class _Deletion(msgspec.Struct, frozen=True):
+    """A deletion under way, as its marker remembers it. `mark` names its events."""
+
+    mark: str
+    at: int
+    by: str | None
+    redact: bool
+
+
+def _job_name(app: int, user: str) -> str:
+    return f"{DELETING}{app}:{user}"
+
+
+def _device_item(user: str, device: str) -> bytes:
+    return f"device:{user}/{device}".encode()
+
+
+async def _delete_device(tx: Tx, app: int, user: str, device: str) -> int:
+    await tx.execute(
+        "DELETE FROM device_positions WHERE app=? AND device_positions.user=? AND device=?", app, user, device
+    )
+    return await tx.execute("DELETE FROM devices WHERE app=? AND devices.user=? AND id=?", app, user, device)
 
 
 def _or(value: Any, otherwise: Any) -> Any:

@@ -1,0 +1,131 @@
+"""One example of everything that is sent or answered, for the OpenAPI document. Typed, so none goes out of date."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, Final, get_args, get_origin
+
+import msgspec
+
+from tidings.wire import replies, requests, resources
+
+_AT: Final = datetime(2026, 3, 14, 9, 26, 53, 589_000, UTC)
+_LATER: Final = datetime(2026, 3, 14, 10, 0, tzinfo=UTC)
+_MESSAGE_ID: Final = "m_01J9ZQ4T8V6N2R5C7XKDMBWEHY"
+_KEY: Final = "5f0c7c1e-4b1d-4d5e-9f6a-2b8f1d0c9a11"
+
+_ATTACHMENT: Final = resources.Attachment(
+    type="image", url="https://files.example.com/scan.png", mime_type="image/png", size=48_213
+)
+_MESSAGE: Final = resources.Message(
+    id=_MESSAGE_ID,
+    channel="ch_7f3k",
+    seq=7,
+    user="alice",
+    key=_KEY,
+    created_at=_AT,
+    text="Good morning, how is the knee today?",
+    mentions=["bob"],
+    reactions=[resources.Reaction(emoji="👍", count=1, users=["bob"])],
+)
+_MEMBERSHIP: Final = resources.Membership(role="owner", joined_at=_AT, delivered=7, read=6, unread=1)
+_CHANNEL: Final = resources.Channel(
+    id="ch_7f3k",
+    type="group",
+    epoch="e1",
+    head=7,
+    name="Knee follow-up",
+    created_by="alice",
+    created_at=_AT,
+    updated_at=_AT,
+    last_message_at=_AT,
+    member_count=2,
+    message_count=5,
+    membership=_MEMBERSHIP,
+)
+_UNREAD: Final = resources.Unread(channel="ch_7f3k", unread=1, mentions=0, read=6)
+
+_EXAMPLES: Final[tuple[Any, ...]] = (
+    _MESSAGE,
+    _CHANNEL,
+    _UNREAD,
+    resources.UnreadTotal(unread=1, mentions=0, channels=[_UNREAD]),
+    resources.MessageVersion(version=1, at=_AT, by="alice", text="Good morning, how is the nee today?"),
+    resources.User(
+        id="alice", name="Alice Ahmed", role="user", labels={"team": "ortho"}, created_at=_AT, updated_at=_AT
+    ),
+    resources.Device(id="phone-1", user="alice", platform="ios", created_at=_AT, last_seen_at=_LATER),
+    resources.Member(user="bob", role="member", joined_at=_AT, delivered=7, read=7),
+    resources.Receipt(user="bob", delivered=7, read=7),
+    resources.Head(stream="ch_7f3k", epoch="e1", head=7, read=6, delivered=7, unread=1),
+    resources.App(id="app_clinic", name="Clinic", settings=resources.AppSettings(), created_at=_AT),
+    resources.ApiKey(id="k7f3m2", name="backend", scopes=["*"], created_at=_AT),
+    resources.SigningKeyInfo(kid="s1", algorithm="HS256", status="active", created_at=_AT),
+    resources.IdentityProvider(
+        id="idp_1", jwks_url="https://id.example.com/.well-known/jwks.json", algorithms=["RS256"], created_at=_AT
+    ),
+    resources.Role(scope="channel", name="nurse", grants=["channel.read", "message.send"]),
+    resources.Relation(kind="panel", user="dr-lee", other="alice"),
+    resources.ChannelType(name="consultation", features=resources.ChannelFeatures(reactions=False), members_max=12),
+    resources.Token(token="eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhbGljZSJ9.c2lnbmF0dXJl", expires_at=_LATER),  # noqa: S106
+    resources.AuditEntry(id="au_1", at=_AT, actor="key:k7f3m2", action="key.created", target="key:k9"),
+    requests.UserCreate(id="alice", name="Alice Ahmed", labels={"team": "ortho"}),
+    requests.UsersUpsert(users=[requests.UserUpsert(id="alice", name="Alice Ahmed"), requests.UserUpsert(id="bob")]),
+    requests.UserUpdate(name="Alice A. Ahmed", custom={"pronouns": "she/her"}),
+    requests.TokenMint(ttl_seconds=3600),
+    requests.TokensRevoke(),
+    requests.ChannelCreate(type="group", name="Knee follow-up", members=["bob"]),
+    requests.ChannelUpdate(name="Knee follow-up, week 2"),
+    requests.MembershipUpdate(muted_until=_LATER),
+    requests.MembersAdd(users=["carol"]),
+    requests.MemberUpdate(role="moderator"),
+    requests.MessageSend(key=_KEY, text="Good morning, how is the knee today?", attachments=[_ATTACHMENT]),
+    requests.MessageEdit(text="Good morning, how is the knee?"),
+    requests.ReactionAdd(emoji="👍"),
+    requests.ReadMark(seq=7),
+    requests.AppUpdate(name="Clinic"),
+    requests.ApiKeyCreate(name="backend", scopes=["user.act_as", "channel.read", "message.send"]),
+    requests.SigningKeyCreate(algorithm="HS256"),
+    requests.IdentityProviderCreate(jwks_url="https://id.example.com/.well-known/jwks.json"),
+    requests.RolePut(grants=["channel.read", "message.send"]),
+    requests.RelationPut(kind="panel", user="dr-lee", other="alice"),
+    requests.ChannelTypePut(features=resources.ChannelFeatures(reactions=False), members_max=12),
+    replies.SentMessage(id=_MESSAGE_ID, channel="ch_7f3k", seq=7, at=_AT, key=_KEY),
+    replies.Changed(seq=8),
+    replies.HistoryPage(messages=[_MESSAGE], epoch="e1", head=7, has_before=True, has_after=False),
+    replies.EventsPage(
+        events=[
+            replies.StreamEvent(
+                type="message.created",
+                stream="ch_7f3k",
+                seq=7,
+                at=_AT,
+                by="alice",
+                data=msgspec.to_builtins(_MESSAGE),
+            )
+        ],
+        epoch="e1",
+        head=7,
+    ),
+    replies.SyncPage(
+        mark="18f3a2b9c40.6b86b273ff34fce1",
+        moved=[resources.Head(stream="ch_7f3k", epoch="e1", head=7, read=6, delivered=7, unread=1)],
+    ),
+    replies.Health(status="ok"),
+)
+_BY_TYPE: Final[dict[Any, Any]] = {type(one): one for one in _EXAMPLES}
+
+
+def example_of(wanted: Any) -> Any:
+    """An example of a body, as plain JSON values; a page holds one item. None where the reply is no JSON of ours.
+
+    Raises KeyError for a type without an example.
+    """
+    if get_origin(wanted) is replies.Page:
+        example: Any = replies.Page([_BY_TYPE[get_args(wanted)[0]]])
+    elif not isinstance(wanted, type) or not issubclass(wanted, msgspec.Struct):
+        return None
+    else:
+        example = _BY_TYPE[wanted]
+    # By way of JSON, which also resolves what is encoded already.
+    return msgspec.json.decode(msgspec.json.encode(example))

@@ -1,0 +1,76 @@
+"""Running Alembic from inside the program: no configuration file, no working directory."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, create_engine, event, text
+from sqlalchemy.pool import StaticPool
+
+from ..sqlite import connect
+from . import REVISION
+
+
+def configuration(**attributes: Any) -> Config:
+    """Alembic's configuration; `attributes` reach `env.py`."""
+    config = Config(attributes=attributes)
+    config.set_main_option("script_location", str(Path(__file__).parent))
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+def upgrade(path: Path, revision: str = "head") -> None:
+    """Run the missing migrations in one transaction, which ends with the new revision in `meta`. Blocks."""
+    raw = connect(path)
+    engine = create_engine("sqlite://", creator=lambda: raw, poolclass=StaticPool)
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        # The driver itself begins nothing, and DDL must roll back too. Another process that migrates is waited for.
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    try:
+        with engine.begin() as connection:
+            command.upgrade(configuration(connection=connection), revision)
+            reached = connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one()
+            connection.execute(
+                text(
+                    "INSERT INTO meta(name,value) VALUES (:name,:value)"
+                    " ON CONFLICT (name) DO UPDATE SET value=excluded.value"
+                ),
+                {"name": REVISION, "value": reached},
+            )
+    finally:
+        engine.dispose()
+        raw.close()
+
+
+def statements(dialect: str) -> str:
+    """All migrations as SQL for a database that is not here: `postgresql` or `sqlite`."""
+    output = io.StringIO()
+    config = configuration(dialect=dialect)
+    config.output_buffer = output
+    command.upgrade(config, "head", sql=True)
+    return output.getvalue()
+
+
+def snapshot() -> str:
+    """A script that makes an empty database of the newest revision: what the migrations themselves make."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "empty.db"
+        upgrade(path)
+        connection = connect(path)
+        made = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid").fetchall()
+        reached = connection.execute("SELECT version_num FROM alembic_version").fetchone()[0]
+        connection.close()
+    rows = [
+        f"INSERT INTO alembic_version(version_num) VALUES ('{reached}')",
+        f"INSERT INTO meta(name,value) VALUES ('{REVISION}','{reached}')",
+    ]
+    lines = [line.rstrip() for (sql,) in made for line in f"{sql};".splitlines()]
+    return "\n".join(lines + [f"{row};" for row in rows]) + "\n"
