@@ -55,9 +55,7 @@ def channel(allowed: frozenset[str], **more: Any) -> Row:
 
 def app(allowed: frozenset[str], foreign: tuple[int, int] = (200, 403), **more: Any) -> Row:
     """Something of the whole app: there is nothing to hide that it exists."""
-    return Row(
-        allowed, (EVERY_USER | set(KEYS)) - allowed - more.get("wrong", frozenset()), foreign=foreign, **more
-    )
+    return Row(allowed, (EVERY_USER | set(KEYS)) - allowed - more.get("wrong", frozenset()), foreign=foreign, **more)
 
 
 ADMIN = BACKEND | {"admin"}
@@ -152,7 +150,9 @@ class Stage:
         world, number = self.world, next(self.number)
         target = f"target{number}"
         await world.ok("backend", "PUT", "/v1/users", {"users": [{"id": target}]})
-        made = await world.channel("member", "moderator", "owner", target, roles={"moderator": "moderator", "owner": "owner"})
+        made = await world.channel(
+            "member", "moderator", "owner", target, roles={"moderator": "moderator", "owner": "owner"}
+        )
         sent = await world.send("owner", made)
         self.values = {
             "channel": made,
@@ -257,9 +257,7 @@ async def test_who_gets_in(stage: Stage, op: str) -> None:
             await stage.build()
             await stage.build_for(op)
         path = declared.path.format(**stage.values)
-        reply = await world.call(
-            actor, declared.method, path, stage.fill(row.body), params=stage.fill(row.query)
-        )
+        reply = await world.call(actor, declared.method, path, stage.fill(row.body), params=stage.fill(row.query))
         dirty = reply.status_code < 300 and declared.method != "GET"
         if reply.status_code not in expected(row, actor):
             differ[actor] = f"{reply.status_code} {reply.json().get('code') if reply.content else None}"
@@ -268,7 +266,9 @@ async def test_who_gets_in(stage: Stage, op: str) -> None:
     assert not differ
 
 
-@pytest.mark.parametrize("op", [op for op, row in ROWS.items() if row.foreign == (404, 404) and "outsider" not in row.allowed])
+@pytest.mark.parametrize(
+    "op", [op for op, row in ROWS.items() if row.foreign == (404, 404) and "outsider" not in row.allowed]
+)
 async def test_what_is_hidden_looks_like_what_is_not_there(stage: Stage, op: str) -> None:
     """The same words for an object of somebody else, of another app, and for none."""
     world, row = stage.world, ROWS[op]

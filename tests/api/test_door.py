@@ -104,7 +104,13 @@ async def test_a_body_without_a_length_is_bounded_while_it_is_read(world: World)
 
 @pytest.mark.parametrize(
     ("query", "field"),
-    [("limit=0", "limit"), ("limit=x", "limit"), ("limti=5", "limti"), ("limit=5&limit=6", "limit"), ("label=x", "label")],
+    [
+        ("limit=0", "limit"),
+        ("limit=x", "limit"),
+        ("limti=5", "limti"),
+        ("limit=5&limit=6", "limit"),
+        ("label=x", "label"),
+    ],
 )
 async def test_a_wrong_filter_is_refused_by_name(world: World, query: str, field: str) -> None:
     reply = await world.call("backend", "GET", f"/v1/users?{query}")
@@ -298,7 +304,9 @@ async def test_operators_hear_of_life_and_readiness(world: World) -> None:
         ("127.0.0.1", {"x-forwarded-for": "10.0.0.1"}, 404),
     ],
 )
-async def test_metrics_are_for_the_neighbourhood(world: World, client: str, headers: dict[str, str], status: int) -> None:
+async def test_metrics_are_for_the_neighbourhood(
+    world: World, client: str, headers: dict[str, str], status: int
+) -> None:
     import httpx
 
     async with httpx.AsyncClient(

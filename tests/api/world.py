@@ -64,7 +64,13 @@ class World:
         return self.credentials[who]
 
     async def call(
-        self, who: str | None, method: str, path: str, json: Any = None, headers: dict[str, str] | None = None, **more: Any
+        self,
+        who: str | None,
+        method: str,
+        path: str,
+        json: Any = None,
+        headers: dict[str, str] | None = None,
+        **more: Any,
     ) -> httpx.Response:
         sent = {**(self.credentials[who] if who else {}), **(headers or {})}
         return await self.http.request(method, path, json=json, headers=sent, **more)
