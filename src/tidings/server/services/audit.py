@@ -37,6 +37,13 @@ class Action(StrEnum):
     RELATION_DELETED = "relation.deleted"
     TOKEN_MINTED = "token.minted"  # noqa: S105 - an action's name, not a secret
     TOKENS_REVOKED = "token.revoked"
+    USER_ROLE_CHANGED = "user.role_changed"
+    USER_DEACTIVATED = "user.deactivated"
+    USER_REACTIVATED = "user.reactivated"
+    USER_DELETED = "user.deleted"
+    CHANNEL_DELETED = "channel.deleted"
+    MEMBER_ROLE_CHANGED = "member.role_changed"
+    MEMBER_REMOVED = "member.removed"
 
 
 @dataclass(slots=True, frozen=True)

@@ -231,7 +231,7 @@ class Auth:
                 if row[0] == authenticated.key_id and row[4] != "active":
                     raise Refusal("token_key_unknown", "The key that signed the token is retired.")
             state, revoked = await self._load_user(actor.app, actor.user, authenticated.jti)
-            _check_user(state, revoked, authenticated.issued_at_ms)
+            _check_token(state, revoked, authenticated.issued_at_ms)
         return replace(authenticated, actor=actor)
 
     # ------------------------------------------------------------ minting and revoking
@@ -589,18 +589,16 @@ def _user_actor(
     if verified.jti is not None and verified.issued_at is None:
         # How long a revoked jti must be remembered follows from when its token was issued.
         raise Refusal("token_claims", "A token with a jti needs an iat.")
-    _check_user(state, revoked, verified.issued_at)
     user_id = verified.user_id
-    actor = Actor(app, user_id, _grants_of_user(app, state), f"user:{user_id}", device, session)
+    grants = _grants_of_user(app, state)
+    _check_token(state, revoked, verified.issued_at)
+    actor = Actor(app, user_id, grants, f"user:{user_id}", device, session)
     return Authenticated(actor, verified.expires_at, verified.issued_at, verified.jti, verified.key_id)
 
 
-def _check_user(state: _UserState | None, revoked: bool, issued_at: int | None) -> None:
-    if state is None or state.deleted:
-        raise Refusal("user_unknown", "The token's user does not exist in this app.")
-    if state.deactivated:
-        raise Refusal("user_deactivated", "The user is deactivated.")
-    if revoked or (state.tokens_after and (issued_at is None or issued_at < state.tokens_after)):
+def _check_token(state: _UserState | None, revoked: bool, issued_at: int | None) -> None:
+    tokens_after = 0 if state is None else state.tokens_after
+    if revoked or (tokens_after and (issued_at is None or issued_at < tokens_after)):
         raise Refusal("token_revoked", "The token was revoked: get a fresh one.")
 
 
