@@ -197,8 +197,8 @@ MUTANTS: list[Mutant] = [
         check="bounds",
         why="a body without a length is read to its end before it is refused",
         file="src/tidings/server/rest/factory.py",
-        old=' and size <= bound:',
-        new=':',
+        old=" and size <= bound:",
+        new=":",
         tests=["tests/api/test_door.py", "-k", "without_a_length"],
     ),
     Mutant(

@@ -70,7 +70,7 @@ class Served:
                 self.server = uvicorn.Server(
                     uvicorn.Config(world.rest, port=0, lifespan="off", log_config=None, access_log=False, ws="none")
                 )
-                serving = asyncio.ensure_future(self.server.serve())
+                serving = asyncio.create_task(self.server.serve())
                 while not self.server.started and not serving.done():
                     await asyncio.sleep(0.01)
                 port = self.server.servers[0].sockets[0].getsockname()[1]
@@ -103,7 +103,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @schema.parametrize()
 @hypothesis.settings(
-    max_examples=10,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     database=None,
@@ -115,7 +115,7 @@ def test_no_answer_is_our_fault_and_every_answer_is_true(case: schemathesis.Case
     # Three in four at what exists: what does not is refused before it is looked at closely.
     if number % 4 and op not in KEPT and isinstance(case.path_parameters, dict):
         case.path_parameters |= {k: v for k, v in served.real.items() if k in case.path_parameters}
-        if op in ("users.delete", "users.deactivate", "channels.delete", "messages.delete") and "hard" not in op:
+        if op in ("users.delete", "users.deactivate", "channels.delete", "messages.delete"):
             case.path_parameters |= {k: "gone" for k in case.path_parameters}
     who: Any = served.world.as_("backend" if number % 2 else "alice")
     headers = {**(dict(case.headers or {}))}
