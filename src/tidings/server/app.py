@@ -242,7 +242,6 @@ class Server:
         await self._tasks.close()
         log.info("stopped")
 
-
     async def _finish_deletions(self) -> None:
         """Deletions that a crash cut short go on where they were."""
         finished = await self.core.services.users.resume_deletions()
