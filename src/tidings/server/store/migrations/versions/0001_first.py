@@ -213,12 +213,12 @@ def upgrade() -> None:
     with op.batch_alter_table("messages", schema=None) as batch_op:
         batch_op.create_index(
             "messages_deleted",
-            ["app", "sid", "seq"],
+            ["app", "sid", "seq", "flags", "sender", "deleted_at"],
             unique=False,
             sqlite_where=sa.text("deleted_at IS NOT NULL"),
             postgresql_where=sa.text("deleted_at IS NOT NULL"),
         )
-        batch_op.create_index("messages_id", ["app", "sid", "id"], unique=True)
+        batch_op.create_index("messages_id", ["app", "id"], unique=True)
         batch_op.create_index("messages_key", ["app", "sid", "sender", "key"], unique=True)
         batch_op.create_index(
             "messages_replies",
