@@ -21,10 +21,12 @@ from tidings.server.clock import Clock, Ids, SystemClock
 from tidings.server.config import Config
 from tidings.server.crypto.keyfile import KeyFile
 from tidings.server.crypto.keyring import Keyring
+from tidings.server.domain.limits import Limiter, Rate
 from tidings.server.domain.netguard import OutboundPolicy
 from tidings.server.errors import UnsafeStore
 from tidings.server.gateway.endpoint import socket_protocol
 from tidings.server.gateway.gateway import Gateway
+from tidings.server.gateway.http import http_routes
 from tidings.server.jobs.outbox import trim_outbox
 from tidings.server.outbound import GuardedClient
 from tidings.server.services import Services
@@ -175,10 +177,16 @@ class Server:
         self.config = config
         self.core = core
         services = core.services
-        self.gateway = Gateway(services, core.bus, config, services.clock, services.ids, core.metrics)
+        limiter = Limiter(Rate(config.rest_rate_per_second, config.rest_burst))
+        self.gateway = Gateway(services, core.bus, config, services.clock, services.ids, core.metrics, limiter)
         self._tasks = Tasks("server")
         self.rest = create_rest_app(
-            services, config=config, metrics=core.metrics, draining=lambda: self.gateway.draining
+            services,
+            config=config,
+            metrics=core.metrics,
+            limiter=limiter,
+            draining=lambda: self.gateway.draining,
+            route_handlers=http_routes(self.gateway),
         )
         self._uvicorn = _Uvicorn(
             uvicorn.Config(

@@ -95,6 +95,20 @@ class Connection(Peer):
         action = self.session.receive(data, self.gateway.clock.monotonic())
         if type(action) is Run:
             command = action.command
+            actor = self.actor
+            if actor is not None and type(command) is not Ping:
+                verdict = self.gateway.limiter.take((self.app, actor.via), self.session.heard_at)
+                if not verdict.allowed:
+                    self.session.answered()
+                    self.refuse(
+                        Refusal(
+                            "rate_limited",
+                            "Too many requests and commands with these credentials.",
+                            retry_after_ms=verdict.retry_after_ms,
+                        ),
+                        command.ref,
+                    )
+                    return
             if self._busy or self._pending:
                 self._pending.append(command)
             else:

@@ -72,7 +72,7 @@ class SocketConnection(Connection):
         asyncio.get_running_loop().call_later(CLOSE_SECONDS, transport.disconnect, False)
 
 
-class SocketListener(WSListener):  # type: ignore[misc]
+class SocketListener(WSListener):
     """Frames of one socket, in order."""
 
     def __init__(self, gateway: Gateway, address: str, header_token: str | None) -> None:

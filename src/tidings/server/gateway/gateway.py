@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
-from typing import Final, assert_never
+from typing import TYPE_CHECKING, Final, assert_never
 
 import msgspec
 
 from tidings.server.bus.base import Bus, Signal
 from tidings.server.clock import Clock, Ids
 from tidings.server.config import Config
+from tidings.server.domain.limits import Limiter
 from tidings.server.domain.permissions import Permission
 from tidings.server.errors import NotFound, Refusal
 from tidings.server.services import Services
@@ -66,6 +67,9 @@ from .hub import Hub
 from .presence import PresenceBoard
 from .session import SessionLimits, State
 
+if TYPE_CHECKING:
+    from .http import HttpConnection
+
 log = get_logger(__name__)
 
 # Events read from the log at a time: 200 KB of common messages, a few milliseconds of a reader.
@@ -105,6 +109,7 @@ class Gateway:
         clock: Clock,
         ids: Ids,
         metrics: Metrics,
+        limiter: Limiter,
         *,
         rng: Callable[[], float] = random.random,
     ) -> None:
@@ -116,6 +121,8 @@ class Gateway:
         self.config = config
         self.clock = clock
         self.metrics = metrics
+        # Shared with REST: nobody gets twice the rate by using both.
+        self.limiter = limiter
         self._ids = ids
         self._rng = rng
         self.tasks = Tasks("gateway")
@@ -123,6 +130,8 @@ class Gateway:
         self.presence = PresenceBoard(services.store, self.hub, clock, grace_seconds=config.presence_grace_seconds)
         self.connections: set[Connection] = set()
         self.by_address: dict[str, int] = {}
+        # Sessions without a socket, by id.
+        self.http_sessions: dict[str, HttpConnection] = {}
         self.draining = False
         self._catch_ups = asyncio.Semaphore(CATCH_UPS_MAX)
         # Devices that connected since they were last written.
@@ -240,6 +249,7 @@ class Gateway:
         if connection not in self.connections:
             return
         self.connections.discard(connection)
+        self.http_sessions.pop(connection.id, None)
         left = self.by_address.get(connection.address, 1) - 1
         if left:
             self.by_address[connection.address] = left

@@ -23,7 +23,9 @@ def render_page(document: dict[str, Any]) -> bytes:
     by_tag: dict[str, list[str]] = {}
     for path, methods in document["paths"].items():
         for method, op in methods.items():
-            by_tag.setdefault(op["tags"][0], []).append(_operation(method, path, op, document["components"]["responses"]))
+            by_tag.setdefault(op["tags"][0], []).append(
+                _operation(method, path, op, document["components"]["responses"])
+            )
     info = document["info"]
     parts = [
         "<!doctype html>",

@@ -104,7 +104,7 @@ async def lines_before(
         conditions.append("(at,id)<(?,?)")
         values += before
     return await tx.all(
-        "SELECT at,id,actor,action,target,detail FROM audit WHERE "  # noqa: S608 - constant conditions
+        "SELECT at,id,actor,action,target,detail FROM audit WHERE "
         + " AND ".join(conditions)
         + " ORDER BY at DESC, id DESC LIMIT ?",
         *values,

@@ -1,7 +1,6 @@
 """Channels: made, found again, listed with what is new in them, changed, deleted."""
 
 # Statements are put together from constants; values are always parameters.
-# ruff: noqa: S608
 
 from __future__ import annotations
 
@@ -651,7 +650,8 @@ class Channels:
             if (hidden, archived, muted) == (bool(side.hidden), bool(side.archived), side.muted_until):
                 return Change(render_channel(row, channel.cipher, side))
             await tx.execute(
-                "UPDATE members SET hidden=?, archived=?, muted_until=?, moved_at=? WHERE app=? AND sid=? AND members.user=?",
+                "UPDATE members SET hidden=?, archived=?, muted_until=?, moved_at=?"
+                " WHERE app=? AND sid=? AND members.user=?",
                 row.messages + 1 if hidden else 0,
                 int(archived),
                 muted,

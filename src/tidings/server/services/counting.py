@@ -8,7 +8,6 @@ The expressions below stand in a SELECT over `members m` joined with `streams s`
 """
 
 # Statements are put together from constants; values are always parameters.
-# ruff: noqa: S608
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ Both change who may do what, so both move the stream's access version: whatever 
 """
 
 # Statements are put together from constants; values are always parameters.
-# ruff: noqa: S608
 
 from __future__ import annotations
 

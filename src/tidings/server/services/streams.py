@@ -1,7 +1,6 @@
 """Making streams, and the streams that belong to users."""
 
 # Statements are put together from constants; values are always parameters.
-# ruff: noqa: S608
 
 from __future__ import annotations
 

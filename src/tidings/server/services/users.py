@@ -4,7 +4,6 @@ A user's id is used once: deletion leaves a tombstone under it, so that what the
 """
 
 # Statements are put together from constants; values are always parameters.
-# ruff: noqa: S608
 
 from __future__ import annotations
 
