@@ -30,7 +30,7 @@ from tidings.server.config import Config
 from tidings.server.errors import StoreCorrupt, TidingsError
 from tidings.server.store.sqlite import connect
 
-from .datadir import RESTORING, SERVER_LOCK, fsync_directory, fsync_file, hold, is_private
+from .datadir import COMMANDS_LOCK, RESTORING, ROTATION_LOCK, SERVER_LOCK, fsync_directory, fsync_file, hold, is_private
 from .terminal import ConfigOption, DataDirOption, console, progress, settings
 
 DATABASE: Final = "tidings.db"
@@ -49,7 +49,7 @@ EPOCHS_STEP: Final = 5_000
 FORMAT: Final = "tidings-backup"
 _EPOCH_BYTES: Final = 5
 # What may lie in a data directory without there being data.
-_NOT_DATA: Final = (SERVER_LOCK, "rotation.lock", "root.key", "root.key.lock", "lost+found")
+_NOT_DATA: Final = (SERVER_LOCK, COMMANDS_LOCK, ROTATION_LOCK, "root.key", "root.key.lock", "lost+found")
 
 
 class BackupFailed(TidingsError):
@@ -323,7 +323,7 @@ def restore_backup(config: Config, src: Path, *, force: bool = False) -> Restore
             f"knows {migrations.HEAD} and earlier. Restore it with that version or a newer one."
         )
     directory = config.data_dir
-    with hold(directory, f"a restore of {src}"):
+    with hold(directory, f"a restore of {src}"), hold(directory, f"a restore of {src}", lock=COMMANDS_LOCK):
         unfinished = directory / RESTORING
         resumed = unfinished.exists()
         old = [path for path in directory.iterdir() if path.name not in _NOT_DATA and not _is_ours(path)]

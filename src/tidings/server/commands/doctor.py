@@ -40,7 +40,7 @@ def doctor(
 
     overrides = {"data_dir": data_dir, "host": host, "port": port}
     err = console()
-    findings = []
+    findings: list[Finding] = []
     with err.status("Looking …"):
         findings.extend(examine(file=config, overrides=overrides))
     if json:
