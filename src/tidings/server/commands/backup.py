@@ -335,11 +335,16 @@ def restore_backup(config: Config, src: Path, *, force: bool = False) -> Restore
         incoming = directory / f"{DATABASE}.restoring"
         for path in (incoming, *_logs(incoming)):
             path.unlink(missing_ok=True)
-        _copy_checked(source, incoming, manifest)
         key_file, keys_from = _key_file_for(config, src, manifest)
-        check_integrity(incoming)
-        open_sample(incoming, key_file)
-        streams = _new_epochs(incoming)
+        try:
+            _copy_checked(source, incoming, manifest)
+            check_integrity(incoming)
+            open_sample(incoming, key_file)
+            streams = _new_epochs(incoming)
+        except BaseException:
+            for path in (incoming, *_logs(incoming)):
+                path.unlink(missing_ok=True)
+            raise
         aside = _unused(directory, f"before-restore-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
         _exchange(directory, incoming, aside)
         placed = None
@@ -384,7 +389,6 @@ def _copy_checked(source: Path, target: Path, manifest: Manifest) -> None:
         writer.flush()
         os.fsync(writer.fileno())
     if digest.hexdigest() != manifest.database_sha256:
-        target.unlink()
         raise BackupFailed(f"{source} is not what was backed up: its checksum differs. Use another backup.")
 
 

@@ -119,8 +119,8 @@ def rotate_app(
     """Give an app a new key, and move everything that its old key protects to it.
 
     Conversations keep their own keys, which are wrapped anew; profiles, device names and signing secrets are encrypted
-    anew. When nothing else uses the data, the old key is removed at once. While a server runs it stays for an hour, in case that the
-    server was just about to use it: `tidings keys retire` removes it then.
+    anew. When nothing else uses the data, the old key is removed at once. While a server runs it stays for an hour, in
+    case that the server was just about to use it: `tidings keys retire` removes it then.
 
     Examples:
 
