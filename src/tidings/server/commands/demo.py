@@ -191,8 +191,9 @@ class Stage:
         from rich.text import Text
 
         inside = width - 4
+        height = min(MESSAGES_SHOWN * 3 + 3, self.console.height - 4)
         lines: list[RenderableType] = []
-        for bubble in screen.bubbles[-MESSAGES_SHOWN:]:
+        for bubble in _newest(screen.bubbles, height - 3, inside - 8):
             own = bubble.user == screen.user
             text = Text(bubble.text)
             if own:
@@ -216,8 +217,20 @@ class Stage:
             subtitle=state,
             border_style="white" if screen.connected else "red",
             width=width,
-            height=MESSAGES_SHOWN * 3 + 3 if self.console.height >= MESSAGES_SHOWN * 3 + 6 else self.console.height - 3,
+            height=height,
         )
+
+
+def _newest(bubbles: list[Bubble], lines: int, width: int) -> list[Bubble]:
+    """The last bubbles that fit into so many lines of so many characters."""
+    shown: list[Bubble] = []
+    for bubble in reversed(bubbles):
+        # Two lines of frame; four characters for the ticks.
+        lines -= 2 + -(-(len(bubble.text) + 4) // width)
+        if lines < 0:
+            break
+        shown.insert(0, bubble)
+    return shown
 
 
 class Person:
@@ -304,7 +317,10 @@ async def _run(folder: Path, pace: float) -> None:
     async with AsyncExitStack() as stack:
         with console.status("Starting a server in a temporary directory …"):
             people, proxy, server_url = await _set_up(stack, folder, stage, ada, marek)
-        console.print(f"A real server at {server_url}, two real clients, a real database. Press Ctrl-C to leave.\n", soft_wrap=True)
+        console.print(
+            f"A real server at {server_url}, two real clients, a real database. Press Ctrl-C to leave.\n",
+            soft_wrap=True,
+        )
         group = await stack.enter_async_context(asyncio.TaskGroup())
         watching = [task for person in people for task in person.watch(group)]
         try:
