@@ -45,7 +45,7 @@ async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
     """Wait for a condition; the test fails with it when it does not come true."""
     async with asyncio.timeout(seconds):
         while not condition():
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.005)  # why: this is the waiting for a condition
 
 
 async def take(events: Any, count: int, seconds: float = 5.0) -> list[Any]:

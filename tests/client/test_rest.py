@@ -54,7 +54,8 @@ DOWN = (503, {"code": "unavailable", "detail": "", "retry": "later"})
 
 
 async def test_a_send_is_repeated_with_the_same_key() -> None:
-    script = Script(httpx.ReadError("cut"), DOWN, httpx.ConnectError("away"), (201, MESSAGE))
+    sent = {"id": "m1", "channel": "c1", "seq": 1, "at": now(), "key": "k", "duplicate": True}
+    script = Script(httpx.ReadError("cut"), DOWN, httpx.ConnectError("away"), (200, sent))
     rest, pauses = scripted(script)
     assert (await rest.messages.send("c1", "hi")).seq == 1
     keys = {msgspec.json.decode(request.content)["key"] for request in script.requests}

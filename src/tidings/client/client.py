@@ -324,6 +324,7 @@ class Client:
             stream = self._streams.adopt(row.name, row.epoch, row.seq)
             stream.behind = row.open
         self._outbox.restore(saved.outbox)
+        # owned by the client: `_run` reports its own end
         self._main = asyncio.create_task(self._run(), name=f"tidings-client-{self._device.id}")
         self._tick_handle = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)
 
@@ -499,7 +500,9 @@ class Client:
         self._callbacks.append((kind, callback))
         if first:
             self._callback_tasks = [
+                # owned by the client, which cancels it
                 asyncio.create_task(self._call_back(self.events()), name="tidings-callbacks"),
+                # owned by the client, which cancels it
                 asyncio.create_task(self._call_back(self.signals()), name="tidings-callbacks-signals"),
             ]
 
@@ -772,6 +775,7 @@ class Client:
 
     async def _open_until(self, ended: asyncio.Future[_Ending], connected: Connected) -> None:
         """Open the session; when the connection ends meanwhile, so does the opening."""
+        # owned by this method, which awaits it
         opening = asyncio.create_task(self._open_session(connected), name="tidings-opening")
         ended.add_done_callback(lambda _: opening.cancel())
         try:
@@ -790,7 +794,14 @@ class Client:
                 if wanted == "websocket":
                     raise
                 log.info("%s; trying HTTP", error)
-        transport = await open_http(self._url, token, first, on_frame=self._on_frame, on_closed=self._on_closed)
+        try:
+            transport = await open_http(self._url, token, first, on_frame=self._on_frame, on_closed=self._on_closed)
+        except Refused as error:
+            if wanted == "auto" and error.code in ("not_found", "method_not_allowed", "invalid"):
+                # Not our server's word on us: it (or what stands before it) has no such door. Try the socket again.
+                self._blocked_until = float("-inf")
+                raise NotConnected(f"neither WebSocket nor HTTP gets through: {error}") from error
+            raise
         if wanted == "auto":
             # It is the socket that is blocked, not the server that is away.
             self._blocked_until = max(self._blocked_until, self._clock() + BLOCKED_SECONDS)
@@ -1312,6 +1323,7 @@ class Client:
             self._send_ack()
         if self._next_refresh is not None and now >= self._next_refresh:
             self._next_refresh = None
+            # owned by the client; `_refresh` handles its errors
             self._refresh_task = asyncio.create_task(self._refresh(), name="tidings-refresh")
         self._outbox.repeat_unanswered()
 

@@ -54,6 +54,7 @@ from ..wire.resources import (
 from .backoff import FullJitter
 from .errors import NotConnected, OutcomeUnknown, ProtocolError
 from .events import Event, decode_event
+from .outbox import Sent
 from .transport import http_url, refusal_of
 
 T = TypeVar("T")
@@ -78,14 +79,13 @@ class Page(msgspec.Struct, frozen=True):
 
 
 class MessagePage(msgspec.Struct, frozen=True):
-    """One page of a channel's messages, ascending."""
+    """Messages in ascending order of seq, and where the channel stood in the same moment."""
 
-    items: list[Message]
-    next: str | None = None
+    messages: list[Message]
+    epoch: str
+    head: int
     has_before: bool = False
     has_after: bool = False
-    epoch: str | None = None
-    head: int | None = None
 
 
 class Moved(msgspec.Struct, frozen=True):
@@ -605,7 +605,7 @@ class MessagesRest(_Noun):
         custom: dict[str, Any] | None = None,
         silent: bool = False,
         kind: Literal["regular", "system"] = "regular",
-    ) -> Message:
+    ) -> Sent:
         """Send a message, once, however often the request is repeated. `key`: see Channel.send of the Client."""
         body = requests.MessageSend(
             key=key or uuid.uuid4().hex,
@@ -618,7 +618,7 @@ class MessagesRest(_Noun):
             silent=silent,
             kind=kind,
         )
-        return await self._rest._call(Message, "POST", _path("channels", channel, "messages"), body, repeatable=True)
+        return await self._rest._call(Sent, "POST", _path("channels", channel, "messages"), body, repeatable=True)
 
     async def page(
         self,
@@ -644,11 +644,11 @@ class MessagesRest(_Noun):
                 after=None if newest_first else edge,
                 limit=limits.PAGE_MAX,
             )
-            for message in reversed(page.items) if newest_first else page.items:
+            for message in reversed(page.messages) if newest_first else page.messages:
                 yield message
-            if len(page.items) < limits.PAGE_MAX:
+            if not page.messages or not (page.has_before if newest_first else page.has_after):
                 return
-            edge = page.items[0 if newest_first else -1].seq
+            edge = page.messages[0 if newest_first else -1].seq
 
     async def get(self, channel: str, id: str) -> Message:
         return await self._rest._get(Message, _path("channels", channel, "messages", id))

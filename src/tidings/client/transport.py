@@ -259,6 +259,7 @@ class HttpTransport:
             await self._http.aclose()
             raise NotConnected(f"{self._base} is not a Tidings server: {error}") from error
         self._session = opened.session
+        # owned by the transport: `_live` reports its own end
         self._task = asyncio.create_task(self._live(opened.frames), name="tidings-http")
 
     def authorize(self, token: str) -> None:
@@ -290,8 +291,8 @@ class HttpTransport:
             for frame in frames:
                 self._on_frame(bytes(frame))
             async with asyncio.TaskGroup() as both:
-                both.create_task(self._poll())
-                both.create_task(self._post())
+                both.create_task(self._poll())  # owned by the group
+                both.create_task(self._post())  # owned by the group
         except* Refused as errors:
             refused = next(error for error in errors.exceptions if isinstance(error, Refused))
             entry = CATALOGUE.get(refused.code)

@@ -233,10 +233,11 @@ def open_sample(path: Path, key_file: Path) -> int:
         ):
             keyring.app_cipher(names[app]).open(sealed, b"user:" + user.encode())
         for app, sid, key, number, app_version, item, sealed in connection.execute(
-            "SELECT e.app, e.sid, s.key_wrapped, s.key_version, s.key_app_version, e.item, e.sealed FROM"
+            "SELECT s.app, s.sid, s.key_wrapped, s.key_version, s.key_app_version, coalesce(e.item, m.id),"
+            " coalesce(e.sealed, m.sealed) AS box FROM"
             " (SELECT sid FROM streams WHERE head>0 AND length(key_wrapped)>0 ORDER BY moved_at DESC LIMIT ?) v"
-            " JOIN streams s ON s.sid=v.sid JOIN events e ON e.app=s.app AND e.sid=s.sid AND e.seq=s.head"
-            " WHERE e.sealed IS NOT NULL",
+            " JOIN streams s ON s.sid=v.sid LEFT JOIN events e ON e.app=s.app AND e.sid=s.sid AND e.seq=s.head"
+            " LEFT JOIN messages m ON m.app=s.app AND m.sid=s.sid AND m.seq=s.head WHERE box IS NOT NULL",
             (SAMPLE_ROWS,),
         ):
             stream_key = WrappedStreamKey(version=number, app_key_version=app_version, wrapped=key)
