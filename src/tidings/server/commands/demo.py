@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,6 +33,8 @@ PATIENT, CLINICIAN = "ada", "dr-marek"
 NAMES: Final = {PATIENT: "Ada", CLINICIAN: "Dr. Marek"}
 # Whatever the story waits for comes within milliseconds; a machine under load may take a hundred times as long.
 PATIENCE_SECONDS: Final = 20.0
+# A server without connections stops at once.
+STOP_SECONDS: Final = 5.0
 # Fast enough for dots that move, slow enough not to flicker over a remote shell.
 FRAMES_PER_SECOND: Final = 12
 # Two columns in which a sentence is readable; narrower terminals get the story as lines.
@@ -63,7 +66,12 @@ def demo(*, fast: Annotated[bool, Parameter(negative="")] = False) -> None:
     # The clients' log tells of broken connections, which are what this is about.
     logging.getLogger("tidings").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="tidings-demo-") as folder:
-        asyncio.run(_run(Path(folder), 0.0 if fast else 1.0))
+        import uvloop
+
+        try:
+            uvloop.run(_run(Path(folder), 0.0 if fast else 1.0))
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
 
 
 @dataclass(slots=True)
@@ -253,11 +261,11 @@ class Person:
                     self.stage.changed()
 
         async def signals() -> None:
-            async for signal in self.client.signals():
-                if isinstance(signal, TypingSignal):
-                    self.screen.typing(signal)
-                elif isinstance(signal, ReceiptsSignal):
-                    self.screen.receipts(signal)
+            async for told in self.client.signals():
+                if isinstance(told, TypingSignal):
+                    self.screen.typing(told)
+                elif isinstance(told, ReceiptsSignal):
+                    self.screen.receipts(told)
                 self.stage.changed()
 
         async def states() -> None:
@@ -362,11 +370,12 @@ async def _set_up(
     server = Server(config, core)
     started = asyncio.Event()
     serving = asyncio.ensure_future(server.serve(ready=started.set))
-    stack.push_async_callback(_stop, server, serving)
-    # Ctrl-C ends the server like any other; then whoever talks to it must not wait in vain.
-    story = asyncio.current_task()
-    serving.add_done_callback(lambda _: story is not None and not story.done() and story.cancel())
+    stack.push_async_callback(_stop, serving)
     await _first(asyncio.ensure_future(started.wait()), serving)
+    # The server has taken Ctrl-C for itself. Here it ends the story, and with it the server.
+    story = asyncio.current_task()
+    assert story is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, story.cancel)
 
     rest = await stack.enter_async_context(Rest(config.url, api_key=new.api_key))
     for user in (PATIENT, CLINICIAN):
@@ -399,11 +408,14 @@ async def _first(wanted: asyncio.Future[Any], other: asyncio.Future[Any]) -> Non
         raise DemoFailed("The server ended before it was ready.")
 
 
-async def _stop(server: Any, serving: asyncio.Future[None]) -> None:
+async def _stop(serving: asyncio.Future[None]) -> None:
+    """Stop the server as an operator would: it drains, and closes what it opened."""
+    if not serving.done():
+        signal.raise_signal(signal.SIGTERM)
+    await asyncio.wait({serving}, timeout=STOP_SECONDS)
     serving.cancel()
     with suppress(asyncio.CancelledError):
         await serving
-    await server.gateway.drain(0.1)
 
 
 async def _story(stage: Stage, ada: Person, marek: Person, proxy: Any) -> None:

@@ -157,8 +157,8 @@ class Rotation:
     async def rotate_app(self, app_id: str, *, alone: bool, via: str = "cli", told: Told | None = None) -> AppRotation:
         """Give an app a new key and move everything to it; finishes an interrupted rotation instead of beginning one.
 
-        `alone`: nobody else has the data open or can open it meanwhile, so that the old key may go at once. Raises NotFound,
-        Refusal `conflict` when somebody else rotates, CryptoError.
+        `alone`: nobody else has the data open or can open it meanwhile, so that the old key may go at once.
+        Raises NotFound, Refusal `conflict` when somebody else rotates, CryptoError.
         """
         told = told or Told()
         app = await self._load(app_id)
