@@ -42,20 +42,19 @@ async def place(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Place
 
 
 async def test_a_message_arrives_everywhere_at_the_same_place(place: Place) -> None:
-    async with place.ward() as ward:
-        async with await ward.client(ward.alice) as alice, await ward.client(ward.bob) as bob:
-            await alice.wait_connected(5)
-            await bob.wait_connected(5)
-            assert (alice.user, alice.transport) == (ward.alice, "websocket")
-            heard_a, heard_b = alice.events(), bob.events(ward.channel)
-            sent = await alice.channel(ward.channel).send("Good morning", mentions=[ward.bob], custom={"n": 1})
-            for heard in (heard_a, heard_b):
-                (event,) = await take(heard, 1)
-                match event:
-                    case MessageCreated(channel=ward.channel, seq=sent.seq, by=ward.alice, message=message):
-                        assert (message.id, message.text, message.custom) == (sent.id, "Good morning", {"n": 1})
-                    case _:
-                        pytest.fail(f"not the message: {event}")
+    async with place.ward() as ward, await ward.client(ward.alice) as alice, await ward.client(ward.bob) as bob:
+        await alice.wait_connected(5)
+        await bob.wait_connected(5)
+        assert (alice.user, alice.transport) == (ward.alice, "websocket")
+        heard_a, heard_b = alice.events(), bob.events(ward.channel)
+        sent = await alice.channel(ward.channel).send("Good morning", mentions=[ward.bob], custom={"n": 1})
+        for heard in (heard_a, heard_b):
+            (event,) = await take(heard, 1)
+            match event:
+                case MessageCreated(channel=ward.channel, seq=sent.seq, by=ward.alice, message=message):
+                    assert (message.id, message.text, message.custom) == (sent.id, "Good morning", {"n": 1})
+                case _:
+                    pytest.fail(f"not the message: {event}")
 
 
 async def test_a_key_is_one_message_for_ever(place: Place) -> None:
@@ -157,37 +156,40 @@ async def test_a_restarted_client_goes_on_where_the_application_was(place: Place
 
 
 async def test_channels_joined_and_left_while_away_are_told(place: Place) -> None:
-    async with place.ward(start=3) as ward, ChaosProxy(place.server.port) as proxy:
-        async with await ward.client(ward.bob, url=f"http://127.0.0.1:{proxy.port}") as bob:
-            await bob.wait_connected(5)
-            heard = bob.events()
-            await proxy.refuse_connections()
-            proxy.cut()
-            await until(lambda: bob.state is not State.CONNECTED)
-            other = await ward.rest.channels.create(f"other-{ward.channel}", members=[ward.alice])
-            await ward.rest.as_user(ward.alice).messages.send(other.id, "before Bob")
-            await ward.rest.members.add(other.id, [ward.bob])
-            sent = await ward.rest.as_user(ward.alice).messages.send(other.id, "welcome")
-            await ward.rest.members.remove(ward.channel, ward.bob)
-            secret = await ward.rest.as_user(ward.alice).messages.send(ward.channel, "not for Bob")
-            await proxy.accept_connections()
-            got = []
-            async with asyncio.timeout(10):
-                while not any(isinstance(e, ChannelLeft) for e in got) or not any(
-                    isinstance(e, MessageCreated) for e in got
-                ):
-                    got.append(await anext(heard))
-            assert [e.channel for e in got if isinstance(e, ChannelJoined)] == [other.id]
-            assert [e.channel for e in got if isinstance(e, ChannelLeft)] == [ward.channel]
-            messages = [e for e in got if isinstance(e, MessageCreated)]
-            assert [(e.channel, e.seq, e.message.text) for e in messages] == [(other.id, sent.seq, "welcome")]
-            assert bob.position(ward.channel) is None
-            # Back in: the stream goes on from there, without what came in between.
-            await ward.rest.members.add(ward.channel, [ward.bob])
-            again = await ward.rest.as_user(ward.alice).messages.send(ward.channel, "welcome back")
-            back = await texts_until(heard, "welcome back")
-            assert back == [(again.seq, "welcome back")]
-            assert again.seq > secret.seq
+    async with (
+        place.ward(start=3) as ward,
+        ChaosProxy(place.server.port) as proxy,
+        await ward.client(ward.bob, url=f"http://127.0.0.1:{proxy.port}") as bob,
+    ):
+        await bob.wait_connected(5)
+        heard = bob.events()
+        await proxy.refuse_connections()
+        proxy.cut()
+        await until(lambda: bob.state is not State.CONNECTED)
+        other = await ward.rest.channels.create(f"other-{ward.channel}", members=[ward.alice])
+        await ward.rest.as_user(ward.alice).messages.send(other.id, "before Bob")
+        await ward.rest.members.add(other.id, [ward.bob])
+        sent = await ward.rest.as_user(ward.alice).messages.send(other.id, "welcome")
+        await ward.rest.members.remove(ward.channel, ward.bob)
+        secret = await ward.rest.as_user(ward.alice).messages.send(ward.channel, "not for Bob")
+        await proxy.accept_connections()
+        got = []
+        async with asyncio.timeout(10):
+            while not any(isinstance(e, ChannelLeft) for e in got) or not any(
+                isinstance(e, MessageCreated) for e in got
+            ):
+                got.append(await anext(heard))
+        assert [e.channel for e in got if isinstance(e, ChannelJoined)] == [other.id]
+        assert [e.channel for e in got if isinstance(e, ChannelLeft)] == [ward.channel]
+        messages = [e for e in got if isinstance(e, MessageCreated)]
+        assert [(e.channel, e.seq, e.message.text) for e in messages] == [(other.id, sent.seq, "welcome")]
+        assert bob.position(ward.channel) is None
+        # Back in: the stream goes on from there, without what came in between.
+        await ward.rest.members.add(ward.channel, [ward.bob])
+        again = await ward.rest.as_user(ward.alice).messages.send(ward.channel, "welcome back")
+        back = await texts_until(heard, "welcome back")
+        assert back == [(again.seq, "welcome back")]
+        assert again.seq > secret.seq
 
 
 async def test_a_channel_joined_while_connected_is_live_at_once(place: Place) -> None:
@@ -282,37 +284,37 @@ async def test_history_pages_in_both_directions(place: Place) -> None:
 
 
 async def test_receipts_and_unread_counts_reach_the_others(place: Place) -> None:
-    async with place.ward() as ward:
-        async with (
-            await ward.client(ward.alice) as alice,
-            await ward.client(ward.bob) as bob,
-            await ward.client(ward.bob, device="bob-laptop") as laptop,
-        ):
-            for one in (alice, bob, laptop):
-                await one.wait_connected(5)
-            receipts, unread = alice.signals(ReceiptsSignal), laptop.signals(UnreadSignal)
-            heard = bob.events(ward.channel)
-            sent = [await alice.channel(ward.channel).send(str(n)) for n in range(3)]
-            await take(heard, 3)
-            heard.taken()
+    async with (
+        place.ward() as ward,
+        await ward.client(ward.alice) as alice,
+        await ward.client(ward.bob) as bob,
+        await ward.client(ward.bob, device="bob-laptop") as laptop,
+    ):
+        for one in (alice, bob, laptop):
+            await one.wait_connected(5)
+        receipts, unread = alice.signals(ReceiptsSignal), laptop.signals(UnreadSignal)
+        heard = bob.events(ward.channel)
+        sent = [await alice.channel(ward.channel).send(str(n)) for n in range(3)]
+        await take(heard, 3)
+        heard.taken()
 
-            async def wait_receipt(kind: str, seq: int) -> None:
-                async with asyncio.timeout(10):
-                    async for signal in receipts:
-                        if any(r.user == ward.bob and getattr(r, kind) >= seq for r in signal.receipts):
-                            return
+        async def wait_receipt(kind: str, seq: int) -> None:
+            async with asyncio.timeout(10):
+                async for signal in receipts:
+                    if any(r.user == ward.bob and getattr(r, kind) >= seq for r in signal.receipts):
+                        return
 
-            await wait_receipt("delivered", sent[2].seq)
-            reply = await bob.channel(ward.channel).read(sent[1].seq)
-            assert (reply.unread, reply.mentions) == (1, 0)
-            await wait_receipt("read", sent[1].seq)
-            assert (await take(unread, 1))[0].unread == 1
-            (head,) = [one for one in await bob.heads() if one.stream == ward.channel]
-            assert (head.unread, head.read) == (1, sent[1].seq)
-            await bob.channel(ward.channel).mark_unread(sent[0].seq)
-            assert (await take(unread, 1))[0].marked_unread_from == sent[0].seq
-            with pytest.raises(Refused):
-                await bob.channel(ward.channel).read(sent[2].seq + 1000)
+        await wait_receipt("delivered", sent[2].seq)
+        reply = await bob.channel(ward.channel).read(sent[1].seq)
+        assert (reply.unread, reply.mentions) == (1, 0)
+        await wait_receipt("read", sent[1].seq)
+        assert (await take(unread, 1))[0].unread == 1
+        (head,) = [one for one in await bob.heads() if one.stream == ward.channel]
+        assert (head.unread, head.read) == (1, sent[1].seq)
+        await bob.channel(ward.channel).mark_unread(sent[0].seq)
+        assert (await take(unread, 1))[0].marked_unread_from == sent[0].seq
+        with pytest.raises(Refused):
+            await bob.channel(ward.channel).read(sent[2].seq + 1000)
 
 
 async def test_typing_and_presence_are_signalled(place: Place) -> None:
@@ -335,72 +337,77 @@ async def test_typing_and_presence_are_signalled(place: Place) -> None:
 
 
 async def test_edits_deletions_and_reactions_are_events(place: Place) -> None:
-    async with place.ward() as ward:
-        async with await ward.client(ward.alice) as alice, await ward.client(ward.bob) as bob:
-            await alice.wait_connected(5)
-            await bob.wait_connected(5)
-            heard = bob.events(ward.channel)
-            channel = alice.channel(ward.channel)
-            sent = await channel.send("helo", custom={"draft": True})
-            assert await channel.edit(sent.id, "hello") == sent.seq + 1
-            assert await channel.react(sent.id, "👍") == sent.seq + 2
-            assert await channel.react(sent.id, "👍") is None
-            assert await channel.unreact(sent.id, "👍") == sent.seq + 3
-            assert await channel.unreact(sent.id, "👍") is None
-            assert await channel.delete(sent.id) == sent.seq + 4
-            got = await take(heard, 5)
-            assert [type(e) for e in got] == [
-                MessageCreated,
-                MessageUpdated,
-                ReactionAdded,
-                ReactionRemoved,
-                MessageDeleted,
-            ]
-            assert (got[1].message.text, got[1].message.custom) == ("hello", {"draft": True})
-            assert got[2].reaction.emoji == "👍"
-            with pytest.raises(Refused):
-                await bob.channel(ward.channel).edit(sent.id, "not mine")
+    async with place.ward() as ward, await ward.client(ward.alice) as alice, await ward.client(ward.bob) as bob:
+        await alice.wait_connected(5)
+        await bob.wait_connected(5)
+        heard = bob.events(ward.channel)
+        channel = alice.channel(ward.channel)
+        sent = await channel.send("helo", custom={"draft": True})
+        assert await channel.edit(sent.id, "hello") == sent.seq + 1
+        assert await channel.react(sent.id, "👍") == sent.seq + 2
+        assert await channel.react(sent.id, "👍") is None
+        assert await channel.unreact(sent.id, "👍") == sent.seq + 3
+        assert await channel.unreact(sent.id, "👍") is None
+        assert await channel.delete(sent.id) == sent.seq + 4
+        got = await take(heard, 5)
+        assert [type(e) for e in got] == [
+            MessageCreated,
+            MessageUpdated,
+            ReactionAdded,
+            ReactionRemoved,
+            MessageDeleted,
+        ]
+        assert (got[1].message.text, got[1].message.custom) == ("hello", {"draft": True})
+        assert got[2].reaction.emoji == "👍"
+        with pytest.raises(Refused):
+            await bob.channel(ward.channel).edit(sent.id, "not mine")
 
 
 # ---------------------------------------------------------------- HTTP instead of a socket
 
 
 async def test_http_carries_the_same_conversation(place: Place) -> None:
-    async with place.ward() as ward:
-        async with await ward.client(ward.alice) as alice, await ward.client(ward.bob, transport="http") as bob:
-            await alice.wait_connected(5)
-            await bob.wait_connected(5)
-            assert bob.transport == "http"
-            heard = bob.events(ward.channel)
-            sent = [await alice.channel(ward.channel).send(str(n)) for n in range(100)]
-            sent.append(await bob.channel(ward.channel).send("and back", timeout=5))
-            got = await texts_until(heard, "and back")
-            assert [seq for seq, _ in got] == [one.seq for one in sent]
-            assert (await bob.channel(ward.channel).read(sent[-1].seq)).unread == 0
-            assert len((await bob.channel(ward.channel).page(limit=10)).messages) == 10
+    async with (
+        place.ward() as ward,
+        await ward.client(ward.alice) as alice,
+        await ward.client(ward.bob, transport="http") as bob,
+    ):
+        await alice.wait_connected(5)
+        await bob.wait_connected(5)
+        assert bob.transport == "http"
+        heard = bob.events(ward.channel)
+        sent = [await alice.channel(ward.channel).send(str(n)) for n in range(100)]
+        sent.append(await bob.channel(ward.channel).send("and back", timeout=5))
+        got = await texts_until(heard, "and back")
+        assert [seq for seq, _ in got] == [one.seq for one in sent]
+        assert (await bob.channel(ward.channel).read(sent[-1].seq)).unread == 0
+        assert len((await bob.channel(ward.channel).page(limit=10)).messages) == 10
 
 
 async def test_http_is_taken_where_upgrades_are_refused_and_catches_up(place: Place) -> None:
-    async with place.ward() as ward, UpgradeBlocker(place.server.port) as blocker:
-        async with await ward.client(ward.bob, url=blocker.url) as bob:
-            await bob.wait_connected(10)
-            assert (bob.transport, blocker.blocked) == ("http", 1)
-            heard = bob.events(ward.channel)
-            backend = ward.rest.as_user(ward.alice).messages
-            begun = (await backend.send(ward.channel, "first")).seq
-            await take(heard, 1)
-            assert bob.session is not None
-            before = bob.session.session
-            # The session is lost, and what comes meanwhile is caught up by the next one.
-            assert bob._transport is not None
-            bob._transport.abort()
-            for n in range(50):
-                await backend.send(ward.channel, str(n))
-            got = await texts_until(heard, "49")
-            assert [seq for seq, _ in got] == list(range(begun + 1, begun + 51))
-            await until(lambda: bob.state is State.CONNECTED)
-            assert bob.session.session != before
-            assert blocker.blocked == 1
+    async with (
+        place.ward() as ward,
+        UpgradeBlocker(place.server.port) as blocker,
+        await ward.client(ward.bob, url=blocker.url) as bob,
+    ):
+        await bob.wait_connected(10)
+        assert (bob.transport, blocker.blocked) == ("http", 1)
+        heard = bob.events(ward.channel)
+        backend = ward.rest.as_user(ward.alice).messages
+        begun = (await backend.send(ward.channel, "first")).seq
+        await take(heard, 1)
+        assert bob.session is not None
+        before = bob.session.session
+        # The session is lost, and what comes meanwhile is caught up by the next one.
+        assert bob._transport is not None
+        bob._transport.abort()
+        for n in range(50):
+            await backend.send(ward.channel, str(n))
+        got = await texts_until(heard, "49")
+        assert [seq for seq, _ in got] == list(range(begun + 1, begun + 51))
+        await until(lambda: bob.state is State.CONNECTED)
+        assert bob.session.session != before
+        assert blocker.blocked == 1
 
 
 async def test_an_http_session_survives_a_restart_of_the_server(place: Place) -> None:

@@ -374,6 +374,7 @@ class Client:
 
     @property
     def state(self) -> State:
+        """Where the connection is now; `states()` tells every change."""
         return self._change.state
 
     @property
@@ -521,6 +522,7 @@ class Client:
             pass  # The client has stopped; `error` and `states()` say so.
 
     def channel(self, id: str) -> Channel:
+        """A channel by its id; nothing is asked, so it need not exist."""
         return Channel(self, id)
 
     def position(self, stream: str) -> int | None:
