@@ -40,6 +40,7 @@ soak: setup  ## The tests that take long: real conversations, faults and kills
 docs: setup  ## Regenerate the reference pages that come from the code
 	@mkdir -p docs/reference
 	$(PY) -m tidings.server.config > docs/reference/configuration.md
+	$(PY) -m docs.generate
 
 clean:  ## Remove what make built; ./data stays
 	rm -rf .venv .tools .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist

@@ -36,6 +36,7 @@ from tidings.server.services.receipts import Receipts
 from tidings.server.services.sync import Sync
 from tidings.server.services.tokens import TokenVerifier
 from tidings.server.services.users import Users
+from tidings.server.store.base import Tx
 from tidings.server.store.sqlite import SqliteStore
 from tidings.server.store.tables import metadata
 from tidings.server.telemetry import Metrics
@@ -63,7 +64,13 @@ class World:
         return self.credentials[who]
 
     async def call(
-        self, who: str | None, method: str, path: str, json: Any = None, headers: dict[str, str] | None = None, **more: Any
+        self,
+        who: str | None,
+        method: str,
+        path: str,
+        json: Any = None,
+        headers: dict[str, str] | None = None,
+        **more: Any,
     ) -> httpx.Response:
         sent = {**(self.credentials[who] if who else {}), **(headers or {})}
         return await self.http.request(method, path, json=json, headers=sent, **more)
@@ -88,6 +95,14 @@ class World:
     async def channel(self, *members: str, type: str = "group", **fields: Any) -> str:
         made = await self.ok("backend", "POST", "/v1/channels", {"type": type, "members": list(members), **fields})
         return str(made["id"])
+
+    async def execute(self, sql: str, *args: Any) -> None:
+        """Change the database behind the server's back."""
+
+        async def unit(tx: Tx) -> int:
+            return await tx.execute(sql, *args)
+
+        await self.services.store.run(unit)
 
     async def send(self, who: str, channel: str, text: str = "hello", **fields: Any) -> Any:
         body = {"text": text, "key": f"k{next(self.counter)}", **fields}

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tidings.server.bus.base import Notice
+from tidings.server.bus.base import AccessChanged, Notice
 from tidings.server.bus.local import LocalBus
 from tidings.server.clock import Ids, ManualClock
 from tidings.server.crypto.keyfile import KeyFile
@@ -15,11 +15,12 @@ from tidings.server.crypto.keyring import Keyring
 from tidings.server.domain.netguard import OutboundPolicy
 from tidings.server.domain.permissions import grants_of
 from tidings.server.outbound import GuardedClient
-from tidings.server.services.access import Actor
+from tidings.server.services.access import AccessService, Actor
 from tidings.server.services.admin import Admin, NewApp
 from tidings.server.services.apps import AppContext, Apps
 from tidings.server.services.auth import Auth, verifying_keys
 from tidings.server.services.change import Changes
+from tidings.server.services.channels import Channels
 from tidings.server.services.jwks import JwksCache
 from tidings.server.services.tokens import SigningKey, TokenVerifier, mint
 from tidings.server.services.users import Users
@@ -51,6 +52,8 @@ class World:
     auth: Auth
     new: NewApp
     users: Users
+    access: AccessService
+    channels: Channels
     notices: list[Notice] = field(default_factory=list)
 
     @property
@@ -101,13 +104,21 @@ async def open_world(folder: Path) -> AsyncIterator[World]:
     apps = Apps(store, keyring)
     changes = Changes(store, bus)
     ids = Ids(clock)
+    access = AccessService(store, apps, keyring, changes)
+    channels = Channels(store, apps, access, changes, clock, ids)
+
+    def forget(notice: Notice) -> None:
+        if isinstance(notice, AccessChanged) and notice.sid is None:
+            access.forget_app(notice.app)
+
+    bus.listen(forget)
     client = GuardedClient(OutboundPolicy())
     users = Users(store, apps, changes, clock, ids)
     admin = Admin(store, apps, changes, keyring, clock, ids, OutboundPolicy(hosts=("idp.internal",)))
     jwks = JwksCache(client)
     auth = Auth(store, apps, changes, users, TokenVerifier(clock, jwks), bus, clock, ids)
     new = await admin.create_app("Clinic", "app_clinic")
-    world = World(store, bus, clock, apps, admin, auth, new, users)
+    world = World(store, bus, clock, apps, admin, auth, new, users, access, channels)
     bus.listen(world.notices.append)
     try:
         yield world

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tidings.server.bus.base import AccessChanged, Joined, Left, Published
+from tidings.server.clock import Ids
 from tidings.server.crypto.base import CryptoError
 from tidings.server.services import channels as channels_module
 from tidings.wire.requests import ChannelCreate, ChannelUpdate, MembershipUpdate
@@ -227,7 +228,7 @@ async def test_a_deleted_channel_is_gone_for_everyone_and_unreadable_for_ever(
     with pytest.raises(CryptoError):
         world.keyring.cipher(world.app.id, str(sid), world.apps.stream_key(wrapped, version, app_version))
     await refused("already_exists", world.channels.create(owner, ChannelCreate(id="c1")), "id")
-    assert await world.rows("SELECT action, target FROM audit") == [("channel.delete", "channel:c1")]
+    assert await world.rows("SELECT action, target FROM audit") == [("channel.deleted", "channel:c1")]
 
 
 async def test_a_deletion_that_was_cut_short_is_finished_at_the_next_start(
@@ -330,3 +331,20 @@ async def test_people_find_public_channels_and_those_of_people_in_their_care(wor
     admin = await world.user("admin", "admin")
     assert len((await world.channels.query(admin))[0]) == 3
     assert (await world.channels.query(admin, joined=True))[0] == []
+
+
+async def test_streams_that_draw_the_same_number_draw_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = iter([b"\0\0\0\1"] * 3 + [b"\0\0\0\2"] + [b"\0\0\0\1"] + [b"\0\0\0\3"])
+    random_bytes = world.ids.random_bytes
+
+    class Drawn(Ids):
+        def random_bytes(self, count: int) -> bytes:
+            return next(draws) if count == 4 else random_bytes(count)
+
+    drawn = Drawn(world.clock)
+    monkeypatch.setattr(world.users, "_ids", drawn)
+    monkeypatch.setattr(world.channels, "_ids", drawn)
+    await world.user("alice")
+    await world.user("bob")
+    await world.channel("alice", "bob")
+    assert await world.rows("SELECT count(*) FROM streams") == [(3,)]

@@ -31,7 +31,7 @@ async def test_a_member_who_is_removed_is_cut_off_before_the_others_hear_of_it(w
     await refused("not_found", world.channels.get(bob, channel.id), "channel")
     await refused("not_found", world.send(bob, channel.id), "channel")
     assert (await world.channels.get(alice, channel.id)).member_count == 1
-    assert await world.rows("SELECT action, target FROM audit") == [("member.remove", f"channel:{channel.id}")]
+    assert await world.rows("SELECT action, target FROM audit") == [("member.removed", f"channel:{channel.id}")]
 
 
 async def test_a_new_member_has_read_everything_that_was_there(world: World) -> None:
@@ -125,7 +125,7 @@ async def test_nobody_touches_members_with_more_rights_or_gives_rights_they_lack
     await refused("not_found", members.update(bob, channel.id, "nobody", MemberUpdate(role="reader")), "user")
     app_moderator = await world.user("sheriff", "moderator")
     await refused("forbidden", members.remove(app_moderator, channel.id, "owner"), "user")
-    assert len(await world.rows("SELECT 1 FROM audit WHERE action='member.update'")) == 2
+    assert len(await world.rows("SELECT 1 FROM audit WHERE action='member.role_changed'")) == 2
 
 
 async def test_somebody_stays_who_can_manage_roles(world: World) -> None:
@@ -177,3 +177,40 @@ async def test_someone_who_comes_back_starts_at_the_head_again(world: World) -> 
     side = (await world.channels.get(bob, channel.id)).membership
     assert side is not None
     assert side.unread == 1
+
+
+async def test_who_may_only_read_a_channel_cannot_join_it(world: World) -> None:
+    nurse, _ = await world.user("nurse"), await world.user("patient")
+    channel = await world.channel("patient")
+    await world.execute("INSERT INTO relations(app,user,other,kind) VALUES (1,'nurse','patient','panel')")
+    assert (await world.channels.get(nurse, channel.id)).id == channel.id
+    await refused("forbidden", world.members.join(nurse, channel.id))
+
+
+async def test_who_manages_roles_cannot_take_away_a_greater_one(world: World) -> None:
+    steward = ["channel.read", "member.read", "member.update"]
+    await world.configure(ChannelType(name="ward", features=ChannelFeatures(), grants={"steward": steward}))
+    for name in ("owner", "steve"):
+        await world.user(name)
+    channel = await world.channel("owner", "steve", type="ward", roles={"owner": "owner", "steve": "steward"})
+    update = world.members.update(world.acting("steve"), channel.id, "owner", MemberUpdate(role="steward"))
+    await refused("forbidden", update, "user")
+
+
+async def test_whatever_was_authorised_before_a_change_of_members_is_out_of_date(world: World) -> None:
+    for name in ("a", "b"):
+        await world.user(name)
+    channel = await world.channel("a")
+
+    async def version() -> int:
+        [(found,)] = await world.rows("SELECT access_version FROM streams WHERE ref=?", channel.id)
+        return int(found)
+
+    versions = [await version()]
+    await world.members.add(world.backend, channel.id, MembersAdd(users=["b"]))
+    versions.append(await version())
+    await world.members.update(world.backend, channel.id, "b", MemberUpdate(role="reader"))
+    versions.append(await version())
+    await world.members.remove(world.backend, channel.id, "b")
+    versions.append(await version())
+    assert sorted(set(versions)) == versions

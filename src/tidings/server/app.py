@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import uvicorn
 
-from tidings.server.bus.base import AccessChanged, Left, Notice
+from tidings.server.bus.base import AccessChanged, Left, Notice, Revoked
 from tidings.server.bus.local import LocalBus
 from tidings.server.clock import Clock, Ids, SystemClock
 from tidings.server.config import Config
@@ -46,6 +46,7 @@ from tidings.server.services.users import Users
 from tidings.server.store.sqlite import SqliteStore
 from tidings.server.tasks import Tasks
 from tidings.server.telemetry import Metrics, get_logger, watch_event_loop
+from tidings.wire.codec import encode
 
 log = get_logger(__name__)
 
@@ -98,7 +99,8 @@ async def open_core(
     apps = Apps(store, keyring)
     policy = OutboundPolicy(hosts=tuple(config.jwks_allow_hosts))
     access = AccessService(store, apps, keyring, changes)
-    bus.listen(_forgetter(apps, access))
+    sync = Sync(store, access, keyring, bus, clock)
+    bus.listen(_forgetter(apps, access, sync))
     users = Users(store, apps, changes, clock, ids)
     jwks = JwksCache(GuardedClient(policy), monotonic=clock.monotonic)
     auth = Auth(store, apps, changes, users, TokenVerifier(clock, jwks), bus, clock, ids)
@@ -115,7 +117,7 @@ async def open_core(
         members=Members(store, apps, access, changes, clock, ids),
         messages=Messages(store, access, bus, clock, ids),
         receipts=Receipts(store, access, bus, clock),
-        sync=Sync(store, access, keyring, bus, clock),
+        sync=sync,
     )
     try:
         yield Core(services, bus, keyring, changes, metrics)
@@ -150,7 +152,7 @@ def _observer(metrics: Metrics) -> Callable[[int, float], None]:
     return observe
 
 
-def _forgetter(apps: Apps, access: AccessService) -> Callable[[Notice], None]:
+def _forgetter(apps: Apps, access: AccessService, sync: Sync) -> Callable[[Notice], None]:
     """What is remembered about access goes before anybody else hears of the change."""
 
     def listen(notice: Notice) -> None:
@@ -164,6 +166,8 @@ def _forgetter(apps: Apps, access: AccessService) -> Callable[[Notice], None]:
                 access.forget_app(notice.app)
         elif isinstance(notice, Left):
             access.forget_channel(notice.app, notice.channel)
+        elif isinstance(notice, Revoked) and notice.code == "user_unknown":
+            sync.forget(notice.app, notice.user)
 
     return listen
 
@@ -173,6 +177,7 @@ class Server:
 
     def __init__(self, config: Config, core: Core) -> None:
         from tidings.server.rest import create_rest_app
+        from tidings.server.rest.asyncapi import asyncapi_document
 
         self.config = config
         self.core = core
@@ -185,6 +190,7 @@ class Server:
             config=config,
             metrics=core.metrics,
             limiter=limiter,
+            asyncapi=lambda: encode(asyncapi_document(config.url)),
             draining=lambda: self.gateway.draining,
             route_handlers=http_routes(self.gateway),
         )
@@ -220,6 +226,7 @@ class Server:
         self.gateway.start()
         receipts = self._tasks.spawn(self.core.services.receipts.run(), "receipts")
         self._tasks.spawn(trim_outbox(self.core.services.store), "outbox")
+        self._tasks.spawn(self._finish_deletions(), "deletions")
         self._tasks.spawn(watch_event_loop(self.core.metrics, self.core.services.clock), "event loop")
         serving = self._tasks.spawn(self._uvicorn.serve(sockets=[listener]), "http")
         self._uvicorn.when_started(ready)
@@ -234,6 +241,13 @@ class Server:
                 await serving
         await self._tasks.close()
         log.info("stopped")
+
+    async def _finish_deletions(self) -> None:
+        """Deletions that a crash cut short go on where they were."""
+        finished = await self.core.services.users.resume_deletions()
+        finished += await self.core.services.channels.resume_deletions()
+        if finished:
+            log.info("deletions_resumed", count=finished)
 
 
 class _Uvicorn(uvicorn.Server):

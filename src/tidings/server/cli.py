@@ -1,20 +1,57 @@
-"""The `tidings` command. Thin: every sub-command lives in `tidings.server.commands`."""
+"""The `tidings` command. Thin: sub-commands live in `tidings.server.commands` and are imported when called."""
 
 from __future__ import annotations
+
+import sys
 
 import cyclopts
 
 app = cyclopts.App(
     name="tidings",
-    help="A chat API that you run yourself: ordered, durable, synchronised.",
+    help="""A chat API that you run yourself: ordered, durable, synchronised.
+
+See it talk in your terminal, then run it; everything is kept in one directory.
+
+    tidings demo
+
+    tidings serve
+
+Every command explains itself with examples: `tidings backup --help`.
+""",
     version_flags=["--version"],
 )
-app.command("tidings.server.commands.serve:serve", name="serve")
+_COMMANDS = "tidings.server.commands"
+
+_RUN = cyclopts.Group("Run", sort_key=1)
+_APPS = cyclopts.Group("Apps, users and their keys", sort_key=2)
+_OPERATE = cyclopts.Group("Operate", sort_key=3)
+
+app.command(f"{_COMMANDS}.serve:serve", name="serve", group=_RUN, help="Run the server until SIGTERM or Ctrl-C.")
+app.command(f"{_COMMANDS}.demo:demo", name="demo", group=_RUN, help="Watch two people talk through a real server.")
+app.command(f"{_COMMANDS}.admin:app", name="app", group=_APPS, help="Apps: the tenants of this server.")
+app.command(f"{_COMMANDS}.admin:key", name="key", group=_APPS, help="API keys, with which a backend calls.")
+app.command(f"{_COMMANDS}.admin:user", name="user", group=_APPS, help="Users of an app.")
+app.command(f"{_COMMANDS}.admin:token", name="token", group=_APPS, help="Users' tokens: make one, end them.")
+app.command(f"{_COMMANDS}.backup:backup", name="backup", group=_OPERATE, help="Copy the data while the server runs.")
+app.command(f"{_COMMANDS}.backup:restore", name="restore", group=_OPERATE, help="Put a backup in place.")
+app.command(f"{_COMMANDS}.keys:app", name="keys", group=_OPERATE, help="Encryption keys: list and rotate.")
+app.command(f"{_COMMANDS}.admin:migrate", name="migrate", group=_OPERATE, help="Bring the schema up to this version.")
+app.command(f"{_COMMANDS}.doctor:doctor", name="doctor", group=_OPERATE, help="Look for what will go wrong.")
 
 
 def main() -> None:
-    """Entry point."""
-    app()
+    """Entry point. Exit status: 0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted."""
+    from tidings.server.commands.terminal import guarded
+
+    sys.exit(guarded(_run))
+
+
+def _run() -> None:
+    try:
+        app(exit_on_error=False)
+    except cyclopts.CycloptsError:
+        # It has said what is wrong with the command line.
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

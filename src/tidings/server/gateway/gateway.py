@@ -199,11 +199,13 @@ class Gateway:
         self.services.auth.forget_all()
         for connection in list(self.connections):
             connection.access_changed()
-        for connection in list(self.connections):
-            if connection.session.state is State.OPEN:
-                self.tasks.spawn(self._still_welcome(connection), "still welcome")
         sids = list(self.hub.streams)
         self.hub.recheck(await self.sync.heads_of(sids))
+
+    def recheck(self, connection: Connection) -> None:
+        """See whether the connection's credentials still count, in the background."""
+        if connection.session.state is State.OPEN:
+            self.tasks.spawn(self._still_welcome(connection), "still welcome")
 
     async def _still_welcome(self, connection: Connection) -> None:
         if connection.granted is None:

@@ -62,7 +62,7 @@ from tidings.wire.resources import (
 from .access import Actor
 from .api_keys import hash_secret, key_text
 from .apps import BUILT_IN_TYPES, Apps
-from .audit import Action, Line, entry_of, line_of, lines_before
+from .audit import Action, Line, entry_of, line_id, line_of, lines_before
 from .change import Change, Changes
 from .granting import check_held, check_words, role_mask, words_in_order
 from .paging import make_cursor, read_cursor
@@ -150,7 +150,7 @@ class Admin:
         now = self._clock.now_ms()
         key_id, key_secret = self._ids.new_id(""), self._ids.new_secret()
         kid, signing_secret = self._ids.new_id("sk_"), self._ids.new_secret()
-        audit_id = self._ids.new_id("au_")
+        audit_id = line_id(self._ids)
         self._keyring.forget_app(app_id)
         keys = (self._keyring.new_app_key(app_id), self._keyring.new_index_key(app_id))
         try:
@@ -801,7 +801,7 @@ class Admin:
         return await self._store.read(unit)
 
     def _line(self, actor: Actor, action: Action, target: str, **detail: Any) -> Line:
-        return line_of(actor, action, target, self._ids.new_id("au_"), self._clock.now_ms(), **detail)
+        return line_of(actor, action, target, line_id(self._ids), self._clock.now_ms(), **detail)
 
     def _relation_line(self, actor: Actor, action: Action, relation: Relation) -> Line:
         return self._line(actor, action, f"user:{relation.user}", kind=relation.kind, other=relation.other)

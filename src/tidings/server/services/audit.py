@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from tidings.server.clock import Ids
 from tidings.server.store import log
 from tidings.server.store.base import Row, Tx
 from tidings.wire.codec import encode
@@ -36,6 +37,13 @@ class Action(StrEnum):
     RELATION_DELETED = "relation.deleted"
     TOKEN_MINTED = "token.minted"  # noqa: S105 - an action's name, not a secret
     TOKENS_REVOKED = "token.revoked"
+    USER_ROLE_CHANGED = "user.role_changed"
+    USER_DEACTIVATED = "user.deactivated"
+    USER_REACTIVATED = "user.reactivated"
+    USER_DELETED = "user.deleted"
+    CHANNEL_DELETED = "channel.deleted"
+    MEMBER_ROLE_CHANGED = "member.role_changed"
+    MEMBER_REMOVED = "member.removed"
 
 
 @dataclass(slots=True, frozen=True)
@@ -62,6 +70,11 @@ class Line:
             target=self.target,
             detail=encode(self.detail).decode(),
         )
+
+
+def line_id(ids: Ids) -> str:
+    """An id for a line: later ones of this process sort behind earlier ones, also within one millisecond."""
+    return f"au_{ids.new_message_id()[2:]}"
 
 
 def line_of(actor: Actor, action: Action, target: str, id: str, at: int, **detail: Any) -> Line:

@@ -11,7 +11,8 @@ Words that are as wide as the widest user: `user.act_as` and `token.mint` let th
 
 Revocation: `revoke` without a `jti` voids every token whose `iat` lies before the next full second. `iat` counts whole
 seconds, so a token issued later in the same second is void too: ours (`mint`) are dated to the next second then, an
-identity provider must issue the new one after it. A token without `iat` cannot be told from an old one and is void once its user has a mark.
+identity provider must issue the new one after it. A token without `iat` cannot be told from an old one and is void
+once its user has a mark.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from .access import Actor
 from .admin import signing_item
 from .api_keys import PREFIX, matches, parse_key
 from .apps import AppContext, Apps
-from .audit import Action, line_of
+from .audit import Action, line_id, line_of
 from .change import Change, Changes
 from .signing import AppKeys, JwksSource, KeyStatus, SigningKey
 from .tokens import Pending, TokenRefused, TokenVerifier, Verified, unverified_app
@@ -230,7 +231,7 @@ class Auth:
                 if row[0] == authenticated.key_id and row[4] != "active":
                     raise Refusal("token_key_unknown", "The key that signed the token is retired.")
             state, revoked = await self._load_user(actor.app, actor.user, authenticated.jti)
-            _check_user(state, revoked, authenticated.issued_at_ms)
+            _check_token(state, revoked, authenticated.issued_at_ms)
         return replace(authenticated, actor=actor)
 
     # ------------------------------------------------------------ minting and revoking
@@ -273,7 +274,7 @@ class Auth:
             actor,
             Action.TOKEN_MINTED,
             f"user:{user_id}",
-            self._ids.new_id("au_"),
+            line_id(self._ids),
             now,
             jti=jti,
             ttl_seconds=ttl_seconds,
@@ -299,7 +300,7 @@ class Auth:
         detail = {} if jti is None else {"jti": jti}
         # Everything between `user/` and what follows the slash in ASCII: the marks of this user's tokens.
         own_marks = (revoked_name(user_id, ""), f"{user_id}0")
-        line = line_of(actor, Action.TOKENS_REVOKED, f"user:{user_id}", self._ids.new_id("au_"), now, **detail)
+        line = line_of(actor, Action.TOKENS_REVOKED, f"user:{user_id}", line_id(self._ids), now, **detail)
 
         async def unit(tx: Tx) -> Change[None]:
             if jti is not None:
@@ -588,18 +589,16 @@ def _user_actor(
     if verified.jti is not None and verified.issued_at is None:
         # How long a revoked jti must be remembered follows from when its token was issued.
         raise Refusal("token_claims", "A token with a jti needs an iat.")
-    _check_user(state, revoked, verified.issued_at)
     user_id = verified.user_id
-    actor = Actor(app, user_id, _grants_of_user(app, state), f"user:{user_id}", device, session)
+    grants = _grants_of_user(app, state)
+    _check_token(state, revoked, verified.issued_at)
+    actor = Actor(app, user_id, grants, f"user:{user_id}", device, session)
     return Authenticated(actor, verified.expires_at, verified.issued_at, verified.jti, verified.key_id)
 
 
-def _check_user(state: _UserState | None, revoked: bool, issued_at: int | None) -> None:
-    if state is None or state.deleted:
-        raise Refusal("user_unknown", "The token's user does not exist in this app.")
-    if state.deactivated:
-        raise Refusal("user_deactivated", "The user is deactivated.")
-    if revoked or (state.tokens_after and (issued_at is None or issued_at < state.tokens_after)):
+def _check_token(state: _UserState | None, revoked: bool, issued_at: int | None) -> None:
+    tokens_after = 0 if state is None else state.tokens_after
+    if revoked or (tokens_after and (issued_at is None or issued_at < tokens_after)):
         raise Refusal("token_revoked", "The token was revoked: get a fresh one.")
 
 

@@ -1,7 +1,5 @@
 """Channels: made, found again, listed with what is new in them, changed, deleted."""
 
-# Statements are put together from constants; values are always parameters.
-
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -26,6 +24,7 @@ from tidings.wire.resources import Channel, Membership, Message
 
 from .access import ATTEMPTS_MAX, Access, AccessService, Actor, ChannelView, Member
 from .apps import AppContext, Apps, CompiledType
+from .audit import Action, line_of
 from .change import Change, Changes, record
 from .counting import HIDDEN, MENTIONED, UNREAD
 from .membership import (
@@ -40,7 +39,7 @@ from .membership import (
 )
 from .messages import check_custom, last_message
 from .paging import make_cursor, read_cursor
-from .streams import insert_new, new_stream, record_own, shred, user_streams, with_keys
+from .streams import SidTaken, insert_new, new_stream, record_own, shred, user_streams, with_keys
 from .users import write_labels
 
 P = Permission
@@ -316,11 +315,13 @@ class Channels:
             return Change((await self._render(tx, actor, channel_id), True), (created, *notices))
 
         async def attempt() -> tuple[Channel, bool]:
+            nonlocal stream
             for _ in range(ATTEMPTS_MAX):
                 try:
                     return await self._changes.run(unit)
-                except _Raced:
-                    continue
+                except (_Raced, SidTaken):
+                    # Also when another stream drew this number in the same millisecond.
+                    stream = new_stream(self._keyring, app, self._ids, now)
             raise StoreUnavailable("others make the same channel")
 
         return await with_keys(self._apps, app, attempt)
@@ -435,7 +436,10 @@ class Channels:
             most = limits.PAGE_MAX if name == "ids" else MEMBERS_ASKED_MAX
             if given is not None and len(given) > most:
                 raise Refusal("invalid_field", f"At most {most} at once.", field=name, bound=most)
-        everything = actor.user is None or actor.may(P.CHANNEL_LIST_ANY)
+        everything = actor.may(P.CHANNEL_LIST_ANY) or (actor.user is None and actor.may(P.CHANNEL_READ))
+        if actor.user is None and not everything:
+            # A key with narrow scopes: there is nothing that it is a member of.
+            actor.check(P.CHANNEL_LIST_ANY)
         mine = actor.user is not None and (joined is True or (joined is None and not everything))
         if mine:
             source = " FROM members m JOIN streams s ON s.sid=m.sid JOIN channels c ON c.sid=m.sid"
@@ -728,15 +732,7 @@ class Channels:
             await write_labels(tx, app.app, "channel", channel_id, {})
             await shred(tx, channel.sid)
             await log.touch_access(tx, channel.sid)
-            await log.write_audit(
-                tx,
-                app=app.app,
-                id=job.mark,
-                at=now,
-                actor=actor.via,
-                action="channel.delete",
-                target=f"channel:{channel_id}",
-            )
+            await line_of(actor, Action.CHANNEL_DELETED, f"channel:{channel_id}", job.mark, now).write(tx)
             told, more = await self._release_some(tx, app, channel.sid, channel_id, job)
             if more:
                 await tx.execute(

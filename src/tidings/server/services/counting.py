@@ -7,8 +7,6 @@ read up to the own message, so nothing of one's own ever stands after the read p
 The expressions below stand in a SELECT over `members m` joined with `streams s`; they hold no parameters.
 """
 
-# Statements are put together from constants; values are always parameters.
-
 from __future__ import annotations
 
 from dataclasses import dataclass

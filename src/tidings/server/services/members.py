@@ -11,13 +11,13 @@ from tidings.server.errors import Refusal
 from tidings.server.store import log
 from tidings.server.store.base import Row, Store, Tx
 from tidings.wire import limits
-from tidings.wire.codec import encode
 from tidings.wire.events import EventType, MemberChanged
 from tidings.wire.requests import MembersAdd, MemberUpdate
 from tidings.wire.resources import Member
 
 from .access import Access, AccessService, Actor
 from .apps import Apps
+from .audit import Action, line_of
 from .change import Change, Changes, record
 from .membership import (
     check_not_last_owner,
@@ -166,16 +166,8 @@ class Members:
                 data=MemberChanged(user=user, role=body.role),
             )
             await log.touch_access(tx, channel.sid)
-            await log.write_audit(
-                tx,
-                app=channel.app,
-                id=mark,
-                at=now,
-                actor=actor.via,
-                action="member.update",
-                target=f"channel:{channel.id}",
-                detail=encode({"user": user, "from": old, "to": body.role}).decode(),
-            )
+            change = {"user": user, "from": old, "to": body.role}
+            await line_of(actor, Action.MEMBER_ROLE_CHANGED, f"channel:{channel.id}", mark, now, **change).write(tx)
             after = await self._row(tx, access, user)
             return Change(
                 render_member(after, receipts=receipts),
@@ -277,16 +269,9 @@ class Members:
             mark=mark,
         )
         if reason == "removed":
-            await log.write_audit(
-                tx,
-                app=app.app,
-                id=mark,
-                at=now,
-                actor=access.actor.via,
-                action="member.remove",
-                target=f"channel:{channel.id}",
-                detail=encode({"user": user, "role": role}).decode(),
-            )
+            await line_of(
+                access.actor, Action.MEMBER_REMOVED, f"channel:{channel.id}", mark, now, user=user, role=role
+            ).write(tx)
         notices.append(AccessChanged(channel.app, sid=channel.sid, channel=channel.id))
         return Change(None, tuple(notices))
 

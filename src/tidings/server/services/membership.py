@@ -3,8 +3,6 @@
 Both change who may do what, so both move the stream's access version: whatever was authorised before is decided anew.
 """
 
-# Statements are put together from constants; values are always parameters.
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -235,7 +233,8 @@ async def check_not_last_owner(tx: Tx, access: Access, user: str, role: str) -> 
     if others is None:
         return
     heir = await tx.one(
-        f"SELECT 1 FROM members m WHERE m.app=? AND m.sid=? AND m.user<>? AND role IN ({log.placeholders(owners)}) LIMIT 1",
+        "SELECT 1 FROM members m WHERE m.app=? AND m.sid=? AND m.user<>?"
+        f" AND m.role IN ({log.placeholders(owners)}) LIMIT 1",
         channel.app,
         channel.sid,
         user,

@@ -1,7 +1,5 @@
 """Making streams, and the streams that belong to users."""
 
-# Statements are put together from constants; values are always parameters.
-
 from __future__ import annotations
 
 import base64
@@ -26,6 +24,15 @@ T = TypeVar("T")
 OWN_STREAM: Final = "@me"
 # An epoch is compared, never computed with: 40 random bits tell any two apart that a stream will ever have.
 _EPOCH_BYTES: Final = 5
+
+
+# Draws of a stream's number before giving up. Its random part has 21 bits: of a hundred streams made in one
+# millisecond, two draw the same once in 400 times; eight times in a row is a broken source of randomness.
+_DRAWS_MAX: Final = 8
+
+
+class SidTaken(Exception):
+    """Another stream has this number: draw again."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -60,7 +67,9 @@ def new_stream(keyring: Keyring, app: AppContext, ids: Ids, now_ms: int) -> NewS
 
 
 async def insert_new(tx: Tx, app: AppContext, stream: NewStream, kind: str, ref: str, at: int) -> None:
-    """Insert a stream's row."""
+    """Insert a stream's row. Raises SidTaken: two streams made in one millisecond drew the same number."""
+    if await tx.one("SELECT 1 FROM streams WHERE sid=?", stream.sid) is not None:
+        raise SidTaken
     await log.insert_stream(
         tx,
         sid=stream.sid,
@@ -128,11 +137,26 @@ async def record_own(
     )
 
 
-async def with_keys(apps: Apps, app: AppContext, act: Callable[[], Awaitable[T]]) -> T:
-    """Run something that opens streams; once more after reading the app's keys if another process has rotated them."""
-    try:
-        return await act()
-    except AppKeyNotLoaded:
-        apps.forget(app.app)
-        await apps.get(app.id)
-        return await act()
+async def with_keys(
+    apps: Apps, app: AppContext, act: Callable[[], Awaitable[T]], *, renew: Callable[[], None] | None = None
+) -> T:
+    """Run something that opens streams; once more after reading the app's keys if another process has rotated them.
+
+    `renew` draws new numbers for the streams that `act` makes, when one of them was taken.
+    """
+    draws = 0
+    reread = False
+    while True:
+        try:
+            return await act()
+        except AppKeyNotLoaded:
+            if reread:
+                raise
+            reread = True
+            apps.forget(app.app)
+            await apps.get(app.id)
+        except SidTaken:
+            draws += 1
+            if renew is None or draws == _DRAWS_MAX:
+                raise
+            renew()

@@ -3,8 +3,6 @@
 A user's id is used once: deletion leaves a tombstone under it, so that what they wrote never becomes somebody else's.
 """
 
-# Statements are put together from constants; values are always parameters.
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ import msgspec
 from tidings.server.bus.base import AccessChanged, Left, Notice, Revoked
 from tidings.server.clock import Clock, Ids
 from tidings.server.crypto.keyring import StreamCipher, WrappedStreamKey
-from tidings.server.domain.permissions import NONE, Permission
+from tidings.server.domain.permissions import NONE, Grants, Permission
 from tidings.server.errors import NotFound, Refusal
 from tidings.server.store import log
 from tidings.server.store.base import Row, Store, Tx
@@ -29,7 +27,9 @@ from tidings.wire.resources import Device, User
 
 from .access import Actor
 from .apps import AppContext, Apps
+from .audit import Action, line_of
 from .change import Change, Changes, record
+from .granting import check_held
 from .membership import Place, delete_member
 from .messages import check_custom, redact_messages
 from .paging import make_cursor, read_cursor
@@ -130,18 +130,17 @@ async def write_labels(tx: Tx, app: int, noun: str, id: str, labels: dict[str, s
 
 
 def check_app_role(actor: Actor, role: str, field: str) -> None:
-    """Refuse an app role that does not exist, or that holds more than the actor may give.
-
-    Anyone who may create users may give what ordinary users have; beyond that nobody gives what they lack, unless they
-    decide what roles mean anyway (`role.manage`).
-    """
-    app = actor.app
-    if role not in app.app_roles:
+    """Refuse an app role that does not exist, or that holds more than the actor may give: anyone who may create users
+    may give what ordinary users have, and beyond that nobody gives what they lack."""
+    roles = actor.app.app_roles
+    if role not in roles:
         raise Refusal("invalid_field", "There is no such app role.", field=field)
-    _check_app_rank(actor, role, field)
+    check_held(actor, Grants(roles[role] & ~roles[ORDINARY_ROLE]), field)
 
 
 def _check_app_rank(actor: Actor, role: str, field: str | None) -> None:
+    """Refuse to change, lock out or delete users whose role holds more than the actor has, unless the actor decides
+    what roles mean anyway (`role.manage`)."""
     roles = actor.app.app_roles
     if roles.get(role, NONE) & ~(actor.grants | roles[ORDINARY_ROLE]) and not actor.may(P.ROLE_MANAGE):
         raise Refusal("forbidden", "The user's role holds permissions that you lack.", field=field)
@@ -179,7 +178,11 @@ class Users:
                 raise Refusal("already_exists", "There is a user with this id.", field="id")
             return Change(render_user(app, row, last_seen=True))
 
-        return await self._changes.run(unit)
+        def renew() -> None:
+            nonlocal stream
+            stream = new_stream(self._keyring, app, self._ids, now)
+
+        return await with_keys(self._apps, app, lambda: self._changes.run(unit), renew=renew)
 
     async def upsert(self, actor: Actor, users: list[UserUpsert]) -> list[User]:
         """Create or change many users at once, all or none; in the order given. Who is as told already stays untouched.
@@ -240,7 +243,11 @@ class Users:
                 done[number] = render_user(app, row, last_seen=True)
             return Change([done[number] for number in range(len(users))], tuple(notices))
 
-        return await with_keys(self._apps, app, lambda: self._changes.run(unit))
+        def renew() -> None:
+            nonlocal streams
+            streams = [new_stream(self._keyring, app, self._ids, now) for _ in users]
+
+        return await with_keys(self._apps, app, lambda: self._changes.run(unit), renew=renew)
 
     async def update(self, actor: Actor, user_id: str, body: UserUpdate) -> User:
         """Change the named fields. Users may change themselves (`user.update_own`), but never their own role."""
@@ -282,7 +289,11 @@ class Users:
                 row = await self._insert(tx, app, user_id, ORDINARY_ROLE, Profile(), {}, stream, now)
                 return Change((None,) if row is not None else await look(tx))
 
-            found = await self._changes.run(unit)
+            def renew() -> None:
+                nonlocal stream
+                stream = new_stream(self._keyring, app, self._ids, now)
+
+            found = await with_keys(self._apps, app, lambda: self._changes.run(unit), renew=renew)
         if found is not None and found[0] is not None:
             raise Refusal("user_unknown", "The user was deleted.")
 
@@ -428,7 +439,8 @@ class Users:
                 app.app,
                 user_id,
             )
-            await self._audit(tx, actor, mark, now, "user.reactivate" if active else "user.deactivate", user_id)
+            action = Action.USER_REACTIVATED if active else Action.USER_DEACTIVATED
+            await line_of(actor, action, f"user:{user_id}", mark, now).write(tx)
             notices: list[Notice] = [AccessChanged(app.app, user=user_id)]
             if not active:
                 notices.append(Revoked(app.app, user_id, "user_deactivated"))
@@ -478,7 +490,7 @@ class Users:
             await tx.execute(
                 "INSERT INTO meta(name,value) VALUES (?,?)", _job_name(app.app, user_id), encode(job).decode()
             )
-            await self._audit(tx, actor, job.mark, now, "user.delete", user_id)
+            await line_of(actor, Action.USER_DELETED, f"user:{user_id}", job.mark, now).write(tx)
             notices: list[Notice] = [
                 AccessChanged(app.app, user=user_id),
                 Revoked(app.app, user_id, "user_unknown"),
@@ -791,15 +803,9 @@ class Users:
             )
         if role != old_role:
             notices.append(AccessChanged(app.app, user=row.id))
-            await log.write_audit(
-                tx,
-                app=app.app,
-                id=f"{mark}/{row.id}",
-                at=now,
-                actor=actor.via,
-                action="user.role",
-                target=f"user:{row.id}",
-                detail=encode({"from": old_role, "to": role}).decode(),
+            changed = {"from": old_role, "to": role}
+            await line_of(actor, Action.USER_ROLE_CHANGED, f"user:{row.id}", f"{mark}/{row.id}", now, **changed).write(
+                tx
             )
         return row, notices
 
@@ -817,12 +823,6 @@ class Users:
         row = await tx.one("SELECT deleted_at FROM users WHERE app=? AND id=?", app.app, user)
         if row is not None and row[0] is not None:
             raise Refusal("conflict", "The id belonged to a user who was deleted; it is never used again.", field=field)
-
-    @staticmethod
-    async def _audit(tx: Tx, actor: Actor, id: str, at: int, action: str, user: str) -> None:
-        await log.write_audit(
-            tx, app=actor.app.app, id=id, at=at, actor=actor.via, action=action, target=f"user:{user}"
-        )
 
 
 class _Deletion(msgspec.Struct, frozen=True):

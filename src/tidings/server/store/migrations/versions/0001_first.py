@@ -207,18 +207,20 @@ def upgrade() -> None:
         sa.Column("edited_by", sa.Text(), nullable=True),
         sa.Column("deleted_at", sa.BigInteger(), nullable=True),
         sa.Column("deleted_by", sa.Text(), nullable=True),
+        sa.Column("sealed", sa.LargeBinary(), nullable=True),
+        sa.Column("redacted", sa.BigInteger(), server_default="0", nullable=False),
         sa.PrimaryKeyConstraint("app", "sid", "seq"),
         sqlite_with_rowid=False,
     )
     with op.batch_alter_table("messages", schema=None) as batch_op:
         batch_op.create_index(
             "messages_deleted",
-            ["app", "sid", "seq"],
+            ["app", "sid", "seq", "flags", "sender", "deleted_at"],
             unique=False,
             sqlite_where=sa.text("deleted_at IS NOT NULL"),
             postgresql_where=sa.text("deleted_at IS NOT NULL"),
         )
-        batch_op.create_index("messages_id", ["app", "sid", "id"], unique=True)
+        batch_op.create_index("messages_id", ["app", "id"], unique=True)
         batch_op.create_index("messages_key", ["app", "sid", "sender", "key"], unique=True)
         batch_op.create_index(
             "messages_replies",

@@ -178,13 +178,15 @@ CREATE TABLE messages (
 	edited_by TEXT,
 	deleted_at BIGINT,
 	deleted_by TEXT,
+	sealed BLOB,
+	redacted BIGINT DEFAULT '0' NOT NULL,
 	PRIMARY KEY (app, sid, seq)
 )
  WITHOUT ROWID
 
 ;
-CREATE INDEX messages_deleted ON messages (app, sid, seq) WHERE deleted_at IS NOT NULL;
-CREATE UNIQUE INDEX messages_id ON messages (app, sid, id);
+CREATE INDEX messages_deleted ON messages (app, sid, seq, flags, sender, deleted_at) WHERE deleted_at IS NOT NULL;
+CREATE UNIQUE INDEX messages_id ON messages (app, id);
 CREATE UNIQUE INDEX messages_key ON messages (app, sid, sender, "key");
 CREATE INDEX messages_replies ON messages (app, sid, reply_to, seq) WHERE reply_to IS NOT NULL;
 CREATE TABLE meta (
