@@ -13,7 +13,7 @@ from typing import Any, Self
 from tidings.client import Client, Rest
 from tidings.testing.process import ServerProcess
 
-from .conftest import quick
+from .conftest import quick, until
 
 # Rates are another test's subject: here they would only make a burst of test messages slow.
 ENVIRONMENT = {
@@ -78,10 +78,15 @@ class Ward:
         return [message.text async for message in self.rest.messages.history(self.channel, newest_first=False)]
 
 
-def key_of(server: ServerProcess) -> str:
-    """The API key that the first start printed."""
-    found = re.search(r"API key (\S+)", server.stderr_path.read_text())
-    assert found, server.tail()
+async def key_of(server: ServerProcess) -> str:
+    """The API key that the first start printed, which may be a moment after the server answers."""
+
+    def printed() -> re.Match[str] | None:
+        return re.search(r"API key\s+(tk_\S+)", server.stderr_path.read_text())
+
+    await until(printed)
+    found = printed()
+    assert found
     return found[1]
 
 

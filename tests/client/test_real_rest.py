@@ -24,7 +24,7 @@ NOUNS = ("app", "users", "me", "channels", "members", "messages", "receipts", "s
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def place(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Place]:
     async with ServerProcess(tmp_path_factory.mktemp("rest") / "data", environment=ENVIRONMENT) as server:
-        yield Place(server, key_of(server))
+        yield Place(server, await key_of(server))
 
 
 class Witness:

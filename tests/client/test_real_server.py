@@ -38,7 +38,7 @@ from .real import ENVIRONMENT, Place, UpgradeBlocker, key_of, texts_until
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def place(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Place]:
     async with ServerProcess(tmp_path_factory.mktemp("real") / "data", environment=ENVIRONMENT) as server:
-        yield Place(server, key_of(server))
+        yield Place(server, await key_of(server))
 
 
 async def test_a_message_arrives_everywhere_at_the_same_place(place: Place) -> None:
@@ -399,8 +399,8 @@ async def test_http_is_taken_where_upgrades_are_refused_and_catches_up(place: Pl
         assert bob.session is not None
         before = bob.session.session
         # The session is lost, and what comes meanwhile is caught up by the next one.
-        assert bob._transport is not None
-        bob._transport.abort()
+        assert bob._connection._transport is not None
+        bob._connection._transport.abort()
         for n in range(50):
             await backend.send(ward.channel, str(n))
         got = await texts_until(heard, "49")
@@ -418,7 +418,7 @@ async def test_an_http_session_survives_a_restart_of_the_server(place: Place) ->
         place.server.kill9()
         waiting = await bob.channel(ward.channel).send("meanwhile", wait=False)
         await place.server.restart()
-        sent = await waiting.sent(20)
+        sent = await waiting.sent(40)
         assert sent.seq == first.seq + 1
         assert [seq for seq, _ in await texts_until(heard, "meanwhile")] == [first.seq, sent.seq]
 
