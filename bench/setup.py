@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
+from tidings.client.rest import Rest
 from tidings.wire.limits import BULK_MAX
 
 from .server import BenchServer
@@ -41,3 +44,10 @@ async def make_directs(server: BenchServer, pairs: list[tuple[str, str]]) -> lis
                 return (await rest.channels.create(type="direct", members=list(pair))).id
 
         return list(await asyncio.gather(*(one(pair) for pair in pairs)))
+
+
+@asynccontextmanager
+async def acting(server: BenchServer, user: str) -> AsyncIterator[Rest]:
+    """The backend in a user's name."""
+    async with server.rest() as rest:
+        yield rest.as_user(user)

@@ -12,10 +12,9 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+from bench.fill import Fill, filled_server
 from bench.measure import Findings, at_least, at_most
 from bench.plan import Plan
-from bench.server import BenchServer, fresh_server
-from bench.setup import make_directs, make_groups, make_users
 from bench.workers import Link, worker
 
 IDLE = 10_000
@@ -37,13 +36,14 @@ SETTLE_SECONDS = 3.0
 async def run_memory(plan: Plan, findings: Findings) -> None:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     count = min(plan.size(IDLE, 1_000), limit - OTHER_FILES)
-    if count < IDLE:
+    users = [f"user-{n}" for n in range(count + WARM_UP)]
+    if count < IDLE and not plan.quick:
         findings.note(f"{count} connections (goal: {IDLE}): the hard limit of open files here is {limit}.")
     for groups in (0, GROUPS_EACH):
         what = "in one direct channel each" if not groups else f"in {groups} more groups of {GROUP_SIZE}"
         for _ in range(max(1, plan.runs // 2 + 1) if not groups else 1):
-            async with fresh_server() as server:
-                tokens = await _people(server, count + WARM_UP, groups)
+            async with filled_server(lambda fill, groups=groups: _people(fill, users, groups)) as server:
+                tokens = [server.credentials.token(user) for user in users]
                 async with _load(server.port, tokens[:WARM_UP]) as warm:
                     await _connect(warm)
                     await asyncio.sleep(SETTLE_SECONDS)
@@ -58,14 +58,15 @@ async def run_memory(plan: Plan, findings: Findings) -> None:
                 findings.add("server before, RSS", before.rss / 2**20, "MiB")
     findings.note(
         f"{count} authenticated connections of as many users, idle. Before: the server after {WARM_UP} connections that "
-        "came and went. The kernel's memory for sockets (about 3 KiB each while their buffers are empty) is not counted."
+        "came and went. The kernel's memory for sockets is not counted."
     )
 
 
 async def run_connects(plan: Plan, findings: Findings) -> None:
     count = plan.size(CONNECTS, 400)
-    async with fresh_server() as server:
-        tokens = await _people(server, count, 0)
+    users = [f"user-{n}" for n in range(count)]
+    async with filled_server(lambda fill: _people(fill, users, 0)) as server:
+        tokens = [server.credentials.token(user) for user in users]
         for turn in range(plan.runs + 1):
             async with _load(server.port, tokens) as load:
                 before = server.cpu_time()
@@ -82,17 +83,16 @@ async def run_connects(plan: Plan, findings: Findings) -> None:
     )
 
 
-async def _people(server: BenchServer, count: int, groups: int) -> list[str]:
-    users = [f"user-{n}" for n in range(count)]
-    await make_users(server, users)
-    await make_directs(server, list(zip(users[::2], users[1::2], strict=True)))
-    members = {
-        f"g{start // GROUP_SIZE}-{n}": users[start : start + GROUP_SIZE]
-        for start in range(0, count, GROUP_SIZE)
-        for n in range(groups)
-    }
-    await make_groups(server, members)
-    return [server.credentials.token(user) for user in users]
+async def _people(fill: Fill, users: list[str], groups: int) -> None:
+    await fill.users(users)
+    await fill.directs(zip(users[::2], users[1::2], strict=True))
+    await fill.groups(
+        {
+            f"g{start // GROUP_SIZE}-{n}": users[start : start + GROUP_SIZE]
+            for start in range(0, len(users), GROUP_SIZE)
+            for n in range(groups)
+        }
+    )
 
 
 @contextlib.asynccontextmanager
