@@ -6,7 +6,6 @@ Exit code 0 whether or not goals are met: 1 means that a scenario could not be m
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import platform

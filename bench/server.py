@@ -38,7 +38,9 @@ ENVIRONMENT = {
 }
 
 # As in its panel: `App  app_…`, `API key  tk_…`, `Signing secret  …`.
-_SHOWN = [re.compile(rf"^\W*{name}\s+(\S+)", re.IGNORECASE | re.MULTILINE) for name in ("app", "api key", "signing secret")]
+_SHOWN = [
+    re.compile(rf"^\W*{name}\s+(\S+)", re.IGNORECASE | re.MULTILINE) for name in ("app", "api key", "signing secret")
+]
 
 # Longer than any scenario.
 TOKEN_SECONDS = 6 * 3600

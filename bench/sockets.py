@@ -91,7 +91,9 @@ async def connect(port: int, token: str, device: str = "d1", source: str | None 
         Socket, f"ws://127.0.0.1:{port}/v1/ws", websocket_handshake_timeout=60, **extra
     )
     assert isinstance(listener, Socket)
-    listener.transport.underlying_transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    listener.transport.underlying_transport.get_extra_info("socket").setsockopt(
+        socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
+    )
     listener.send(hello.encode())
     await listener.connected
     return listener
@@ -124,7 +126,9 @@ def acknowledge_all(sockets: list[Socket], seconds: float = 1.0) -> asyncio.Task
 
 def message(ref: int, channel: str, key: str, text: str) -> bytes:
     """A `message.send` command. Names and text need no escaping here."""
-    return (
-        b'{"type":"message.send","ref":%d,"channel":"%s","key":"%s","text":"%s"}'
-        % (ref, channel.encode(), key.encode(), text.encode())
+    return b'{"type":"message.send","ref":%d,"channel":"%s","key":"%s","text":"%s"}' % (
+        ref,
+        channel.encode(),
+        key.encode(),
+        text.encode(),
     )

@@ -108,7 +108,9 @@ async def run_quiet(plan: Plan, findings: Findings) -> None:
                 findings.add(f"{counts[1]} to {FEW} channels: bytes", many[0] / few[0], "×", at_most(1.2))
                 findings.add(f"{counts[1]} to {FEW} channels: server CPU", many[1] / few[1], "×", at_most(1.2))
                 findings.add(f"{counts[1]} to {FEW} channels: by the clock", many[2] / few[2], "×")
-    findings.note("From the start of the connection, with the mark of the last one, to `synced` with the missed message.")
+    findings.note(
+        "From the start of the connection, with the mark of the last one, to `synced` with the missed message."
+    )
 
 
 async def _write_one(server: BenchServer, channel: str, key: str) -> None:

@@ -67,7 +67,9 @@ async def run_flood(plan: Plan, findings: Findings) -> None:
                 findings.add("deliveries, by the clock", deliveries / seconds, "1/s")
                 findings.add("messages, by the clock", messages / seconds, "1/s")
                 findings.add("server CPU per message", cpu.total_s / messages * 1e6, "µs")
-    findings.note(f"{MEMBERS} members, one sender with {WINDOW} messages under way; sender and receivers are one process.")
+    findings.note(
+        f"{MEMBERS} members, one sender with {WINDOW} messages under way; sender and receivers are one process."
+    )
 
 
 async def _ward(server: BenchServer) -> list[str]:

@@ -43,7 +43,9 @@ async def run(plan: Plan, findings: Findings) -> None:
                 seconds, latencies = await link.ask(("open", int(half * plan.seconds(5)), half))
                 cpu = server.cpu_time() - before
                 findings.add("at half the rate: p50 acknowledgement", percentile(latencies, 0.5) * 1e3, "ms")
-                findings.add("at half the rate: p99 acknowledgement", percentile(latencies, 0.99) * 1e3, "ms", at_most(20))
+                findings.add(
+                    "at half the rate: p99 acknowledgement", percentile(latencies, 0.99) * 1e3, "ms", at_most(20)
+                )
                 findings.add("at half the rate: server CPU per message", cpu.total_s / len(latencies) * 1e6, "µs")
     findings.note(
         f"{CLIENTS} sockets, {CLIENTS // 2} direct channels, {len(TEXT)} bytes of text; every message goes to both members' "
