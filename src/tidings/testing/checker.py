@@ -68,6 +68,7 @@ from tidings.testing.history import (
     body_digest,
     read_entries,
 )
+from tidings.testing.spans import without
 from tidings.testing.verdict import KINDS, Finding, Kind, Verdict
 
 # A loopback socket's buffer plus a busy test program: two seconds is far more than either needs, and far less
@@ -768,7 +769,7 @@ class _Checker:
         log = self._logs.get(view.channel)
         away = log.away(view.user) if log is not None and view.epoch in ("", log.epoch) else []
         for first, last, before, after in view.holes:
-            for start, end in _without(first, last, away):
+            for start, end in without(first, last, away):
                 what = f"{view.device} of {view.user} was never shown {_range(start, end)}"
                 self._find("gap", view.channel, what, *_known(before), after)
         view.holes = []
@@ -790,7 +791,7 @@ class _Checker:
             self._find("diverged", final.channel, f"{final.device} ended at {final.position} of {log.head}", final)
             return
         if view is not None and view.last is not None and view.last < final.position:
-            for start, end in _without(view.last + 1, final.position, away):
+            for start, end in without(view.last + 1, final.position, away):
                 self._find_unseen(final, view, start, end)
         if member and final.state:
             if final.channel not in folds:
@@ -856,23 +857,6 @@ def _known(entry: Observe | None) -> tuple[Observe, ...]:
 
 def _range(start: int, end: int) -> str:
     return f"event {start}" if start == end else f"events {start} to {end}"
-
-
-def _without(first: int, last: int, away: list[tuple[float, float]]) -> Iterator[tuple[int, int]]:
-    """The parts of first..last (ends included) outside the ascending ranges `away`."""
-    start = first
-    for low, high in away:
-        if high < start:
-            continue
-        if low > last:
-            break
-        if start < low:
-            yield start, int(low) - 1
-        if high == _NEVER:
-            return
-        start = max(start, int(high) + 1)
-    if start <= last:
-        yield start, last
 
 
 def _widen(
