@@ -338,3 +338,80 @@ async def test_metrics_are_for_the_neighbourhood(
         await world.call("backend", "GET", "/v1/users/nobody")
         text = (await world.http.get("/metrics")).text
         assert 'tidings_rest_requests_total{route="/v1/users/{user}",status="404"} 1.0' in text
+
+
+class Slow:
+    """A request whose body comes in pieces, when the test says so."""
+
+    def __init__(self, *pieces: bytes) -> None:
+        self._pieces = pieces
+        self.reading = asyncio.Event()
+        self.more = asyncio.Event()
+
+    async def __aiter__(self) -> Any:
+        first, *rest = self._pieces
+        yield first
+        self.reading.set()
+        await self.more.wait()
+        for piece in rest:
+            yield piece
+
+
+async def slow_send(world: World, who: str, channel: str, meanwhile: Any) -> httpx.Response:
+    """Send a message whose body is held back while `meanwhile` happens."""
+    body = Slow(b'{"text":"late",', b'"key":"late-1"}')
+    headers = {**world.as_(who), "content-type": "application/json"}
+    path = f"/v1/channels/{channel}/messages"
+    transport = httpx.ASGITransport(world.rest)
+    async with httpx.AsyncClient(transport=transport, base_url="http://t") as http:
+        sending = asyncio.create_task(http.post(path, content=body, headers=headers))
+        await body.reading.wait()
+        await meanwhile()
+        body.more.set()
+        return await sending
+
+
+@pytest.mark.parametrize("how", ["deactivated", "revoked", "expired", "role"])
+async def test_a_held_back_body_is_judged_by_what_holds_when_it_is_complete(
+    world: World, channel: str, how: str
+) -> None:
+    async def meanwhile() -> None:
+        match how:
+            case "deactivated":
+                await world.ok("backend", "POST", "/v1/users/alice/deactivate")
+            case "revoked":
+                world.clock.advance(2)
+                await world.ok("backend", "POST", "/v1/users/alice/tokens/revoke", {})
+            case "expired":
+                world.clock.advance(3600 + 60)
+            case _:
+                await world.ok("backend", "PUT", "/v1/app/roles/channel/member", {"grants": ["channel.read"]})
+
+    reply = await slow_send(world, "alice", channel, meanwhile)
+    code = {"deactivated": "user_deactivated", "revoked": "token_revoked", "expired": "token_expired"}.get(
+        how, "forbidden"
+    )
+    assert reply.json()["code"] == code
+    history = await world.ok("backend", "GET", f"/v1/channels/{channel}/messages")
+    assert history["messages"] == []
+
+
+async def test_an_api_key_that_is_revoked_while_its_request_arrives_does_nothing(world: World, channel: str) -> None:
+    made = await world.ok("backend", "POST", "/v1/app/keys", {"name": "spare", "scopes": ["*"]})
+    world.credentials["spare"] = {"authorization": f"Bearer {made['secret']}"}
+
+    async def meanwhile() -> None:
+        await world.ok("backend", "DELETE", f"/v1/app/keys/{made['id']}")
+
+    assert (await slow_send(world, "spare", channel, meanwhile)).json()["code"] == "key_invalid"
+
+
+async def test_a_long_poll_tells_nothing_to_who_was_deactivated_while_it_waited(world: World, channel: str) -> None:
+    head = (await world.ok("alice", "GET", f"/v1/channels/{channel}/events"))["head"]
+    waiting = asyncio.create_task(world.call("alice", "GET", f"/v1/channels/{channel}/events?after={head}&wait=25"))
+    while not world.services.sync._waiters:
+        await asyncio.sleep(0)
+    await world.ok("backend", "POST", "/v1/users/alice/deactivate")
+    await world.send("backend", channel, "secret")
+    reply = await waiting
+    assert (reply.status_code, reply.json()["code"]) == (403, "user_deactivated")

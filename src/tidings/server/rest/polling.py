@@ -37,6 +37,8 @@ async def poll(
         await asyncio.wait((growth, gone), return_when=asyncio.FIRST_COMPLETED)
         if gone.done():
             return found
+        # Who was turned out while waiting gets nothing of what came since.
+        await call.renew()
         return await read()
     finally:
         for task in (growth, gone):
