@@ -14,6 +14,7 @@ import pytest
 from tidings.server.config import Config
 from tidings.server.rest.examples import example_of
 from tidings.server.rest.factory import all_operations
+from tidings.server.services.sync import POLLS_PER_USER_MAX
 from tidings.server.telemetry import Metrics, setup_logging
 
 from .world import World, open_world
@@ -256,12 +257,12 @@ async def test_a_long_poll_answers_when_something_happens(world: World, channel:
     head = (await world.ok("alice", "GET", f"/v1/channels/{channel}/events?limit=200"))["head"]
     path = f"/v1/channels/{channel}/events?after={head}&wait=25"
     waiting = asyncio.create_task(world.ok("alice", "GET", path))
-    while not world.services.sync._waiters:
+    while not world.services.sync.polls:
         await asyncio.sleep(0)
     sent = await world.send("alice", channel, "news")
     found = await waiting
     assert [(event["seq"], event["data"]["text"]) for event in found["events"]] == [(sent["seq"], "news")]
-    assert not world.services.sync._waiters
+    assert not world.services.sync.polls
 
 
 async def test_a_long_poll_for_what_moved_does_not_take_its_own_answer_for_news(world: World, channel: str) -> None:
@@ -269,7 +270,7 @@ async def test_a_long_poll_for_what_moved_does_not_take_its_own_answer_for_news(
     first = await world.ok("alice", "GET", "/v1/sync")
     again = await world.ok("alice", "GET", f"/v1/sync?since={first['mark']}")
     waiting = asyncio.create_task(world.ok("alice", "GET", f"/v1/sync?since={again['mark']}&wait=25"))
-    while not world.services.sync._waiters:
+    while not world.services.sync.polls:
         await asyncio.sleep(0)
     sent = await world.send("alice", channel)
     assert {one["stream"]: one["head"] for one in (await waiting)["moved"]}[channel] == sent["seq"]
@@ -294,11 +295,11 @@ async def test_a_long_poll_ends_with_the_client_and_with_the_server(world: World
 
     gone = asyncio.create_task(world.rest(scope, receive, send))  # type: ignore[arg-type]
     stays = asyncio.create_task(world.ok("alice", "GET", path))
-    while sum(map(len, world.services.sync._waiters.values())) < 2:
+    while world.services.sync.polls < 2:
         await asyncio.sleep(0)
     leaves.set()
     await gone
-    assert sum(map(len, world.services.sync._waiters.values())) == 1
+    assert world.services.sync.polls == 1
     world.draining = True
     world.services.sync.wake_all()
     assert (await stays)["events"] == []
@@ -409,9 +410,31 @@ async def test_an_api_key_that_is_revoked_while_its_request_arrives_does_nothing
 async def test_a_long_poll_tells_nothing_to_who_was_deactivated_while_it_waited(world: World, channel: str) -> None:
     head = (await world.ok("alice", "GET", f"/v1/channels/{channel}/events"))["head"]
     waiting = asyncio.create_task(world.call("alice", "GET", f"/v1/channels/{channel}/events?after={head}&wait=25"))
-    while not world.services.sync._waiters:
+    while not world.services.sync.polls:
         await asyncio.sleep(0)
     await world.ok("backend", "POST", "/v1/users/alice/deactivate")
     await world.send("backend", channel, "secret")
     reply = await waiting
     assert (reply.status_code, reply.json()["code"]) == (403, "user_deactivated")
+
+
+async def test_too_many_long_polls_of_one_user_are_told_to_wait(world: World, channel: str) -> None:
+    await world.user("bob")
+    for _ in range(30):
+        await world.channel("alice", "bob")
+    mark = (await world.ok("alice", "GET", "/v1/sync"))["mark"]
+    mark = (await world.ok("alice", "GET", f"/v1/sync?since={mark}"))["mark"]
+    path = f"/v1/sync?since={mark}&wait=25"
+    polls = [asyncio.create_task(world.ok("alice", "GET", path)) for _ in range(POLLS_PER_USER_MAX)]
+    while world.services.sync.polls < POLLS_PER_USER_MAX:
+        await asyncio.sleep(0)
+    refused = await world.call("alice", "GET", path)
+    assert (refused.status_code, refused.json()["code"]) == (429, "rate_limited")
+    assert refused.headers["retry-after"] == "2"
+    # Bob's do not suffer.
+    theirs = asyncio.create_task(world.ok("bob", "GET", "/v1/me/events?after=30&wait=25"))
+    while world.services.sync.polls == POLLS_PER_USER_MAX and not theirs.done():
+        await asyncio.sleep(0)
+    world.services.sync.wake_all()
+    await asyncio.gather(*polls, theirs)
+    assert (world.services.sync.polls, world.services.sync._waiters) == (0, {})
