@@ -161,7 +161,10 @@ def http_routes(gateway: Gateway) -> list[Any]:
     async def authorised(request: Request[Any, Any, Any], session: str) -> HttpConnection:
         """The session, for its own user only: knowing its id is not enough."""
         connection = gateway.http_sessions.get(session)
-        granted = await gateway.services.auth.authenticate(_bearer(request) or "")
+        known = connection.actor if connection is not None else None
+        granted = await gateway.services.auth.authenticate(
+            _bearer(request) or "", app_hint=None if known is None else known.app.id
+        )
         actor = granted.actor
         if connection is None or connection.user != actor.user or connection.app != actor.app.app:
             raise Refusal("session_unknown", "There is no such session: open a new one.")

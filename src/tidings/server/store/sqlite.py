@@ -186,6 +186,21 @@ class SqliteStore:
     # ------------------------------------------------------------ the writer thread
 
     def _write_for_ever(self) -> None:
+        try:
+            self._write()
+        except BaseException as error:
+            # A bug of ours: whoever waits is told, and nothing more is taken, so that the server shows it.
+            self._closed = True
+            self._tell(self._loop.call_exception_handler, {"message": "the store's writer died", "exception": error})
+            while True:
+                try:
+                    item = self._queue.get_nowait()
+                except queue.Empty:
+                    return
+                if isinstance(item, (Append, _Work)):
+                    self._tell(self._finish, [(item, StoreUnavailable("its writer has died"))], 0.0)
+
+    def _write(self) -> None:
         take = self._queue.get
         take_more = self._queue.get_nowait
         stopping = False
@@ -197,7 +212,11 @@ class SqliteStore:
                     stopping = True
                     break
                 if isinstance(item, _Version):
-                    version = self._writer_connection.execute("PRAGMA data_version").fetchone()[0]
+                    try:
+                        version = self._writer_connection.execute("PRAGMA data_version").fetchone()[0]
+                    except sqlite3.Error:
+                        # Unknown counts as changed: whoever asks looks again.
+                        version = -2
                     self._tell(_settle, item.future, version)
                 else:
                     batch.append(item)
