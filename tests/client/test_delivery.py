@@ -45,6 +45,13 @@ async def test_a_fresh_device_starts_now_or_from_the_beginning(server: FakeServe
         assert seqs(await take(other.events(), 4)) == [1, 2, 3, 4]
 
 
+async def test_a_fresh_device_is_told_of_what_it_wrote_before_it_was_connected(server: FakeServer) -> None:
+    server.append("c1", text="before")
+    async with client(server) as chat:
+        await chat.channel("c1").send("first words")
+        assert [event.message.text for event in await take(chat.events(), 1)] == ["first words"]
+
+
 async def test_duplicated_frames_are_dropped(server: FakeServer) -> None:
     server.repeat_events = 2
     async with client(server) as chat:
