@@ -194,7 +194,9 @@ async def open_websocket(
         raise SocketBlocked("the WebSocket upgrade was not answered") from error
     except OSError as error:
         raise NotConnected(f"cannot reach {url}: {error}") from error
-    assert isinstance(socket, _Socket)
+    if not isinstance(socket, _Socket):
+        # picows has let go of the listener: the line was cut in the tick in which the handshake ended.
+        raise NotConnected(f"the connection to {url} broke at once")
     transport.send(picows.WSMsgType.TEXT, first)
     return socket
 

@@ -30,6 +30,7 @@ import httpx
 import msgspec
 
 from tidings.testing.chaos import LOOPBACK, reserve_port
+from tidings.testing.datasets import DATA_VARIABLE
 
 # `{port}` and `{data}` are filled in.
 SERVE_COMMAND = (
@@ -188,7 +189,8 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                env=os.environ | self._environment,
+                # The variable that names the data sets is ours: to the server it would be a misspelt setting.
+                env={name: value for name, value in os.environ.items() if name != DATA_VARIABLE} | self._environment,
                 process_group=0,
             )
         self._process = process

@@ -30,7 +30,7 @@ from tidings.server.config import Config
 from tidings.server.errors import StoreCorrupt, TidingsError
 from tidings.server.store.sqlite import connect
 
-from .datadir import RESTORING, SERVER_LOCK, fsync_directory, fsync_file, hold, is_private
+from .datadir import COMMANDS_LOCK, RESTORING, ROTATION_LOCK, SERVER_LOCK, fsync_directory, fsync_file, hold, is_private
 from .terminal import ConfigOption, DataDirOption, console, progress, settings
 
 DATABASE: Final = "tidings.db"
@@ -49,7 +49,7 @@ EPOCHS_STEP: Final = 5_000
 FORMAT: Final = "tidings-backup"
 _EPOCH_BYTES: Final = 5
 # What may lie in a data directory without there being data.
-_NOT_DATA: Final = (SERVER_LOCK, "rotation.lock", "root.key", "root.key.lock", "lost+found")
+_NOT_DATA: Final = (SERVER_LOCK, COMMANDS_LOCK, ROTATION_LOCK, "root.key", "root.key.lock", "lost+found")
 
 
 class BackupFailed(TidingsError):
@@ -324,7 +324,7 @@ def restore_backup(config: Config, src: Path, *, force: bool = False) -> Restore
             f"knows {migrations.HEAD} and earlier. Restore it with that version or a newer one."
         )
     directory = config.data_dir
-    with hold(directory, f"a restore of {src}"):
+    with hold(directory, f"a restore of {src}"), hold(directory, f"a restore of {src}", lock=COMMANDS_LOCK):
         unfinished = directory / RESTORING
         resumed = unfinished.exists()
         old = [path for path in directory.iterdir() if path.name not in _NOT_DATA and not _is_ours(path)]
@@ -336,11 +336,16 @@ def restore_backup(config: Config, src: Path, *, force: bool = False) -> Restore
         incoming = directory / f"{DATABASE}.restoring"
         for path in (incoming, *_logs(incoming)):
             path.unlink(missing_ok=True)
-        _copy_checked(source, incoming, manifest)
         key_file, keys_from = _key_file_for(config, src, manifest)
-        check_integrity(incoming)
-        open_sample(incoming, key_file)
-        streams = _new_epochs(incoming)
+        try:
+            _copy_checked(source, incoming, manifest)
+            check_integrity(incoming)
+            open_sample(incoming, key_file)
+            streams = _new_epochs(incoming)
+        except BaseException:
+            for path in (incoming, *_logs(incoming)):
+                path.unlink(missing_ok=True)
+            raise
         aside = _unused(directory, f"before-restore-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
         _exchange(directory, incoming, aside)
         placed = None
@@ -385,7 +390,6 @@ def _copy_checked(source: Path, target: Path, manifest: Manifest) -> None:
         writer.flush()
         os.fsync(writer.fileno())
     if digest.hexdigest() != manifest.database_sha256:
-        target.unlink()
         raise BackupFailed(f"{source} is not what was backed up: its checksum differs. Use another backup.")
 
 

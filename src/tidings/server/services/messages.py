@@ -494,7 +494,7 @@ class Messages:
         return await self._store.read(unit)
 
     async def versions(self, actor: Actor, channel_id: str, message_id: str) -> list[MessageVersion]:
-        """Every version, the original first: for `message.versions`, and for the author until the message is deleted."""
+        """Every version, the original first: for `message.versions`, and for the author until it is deleted."""
         access = await self._access.channel(actor, channel_id, P.CHANNEL_READ)
         channel = access.channel
 

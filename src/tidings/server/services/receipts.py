@@ -89,12 +89,29 @@ class Receipts:
         devices, self._devices = self._devices, {}
         now = self._clock.now_ms()
 
-        async def unit(tx: Tx) -> None:
-            if delivered:
-                await tx.many(
-                    "UPDATE members SET delivered=? WHERE app=? AND sid=? AND user=? AND delivered<?",
-                    [(seq, app, sid, user, seq) for (app, sid, user), seq in sorted(delivered.items())],
+        async def unit(tx: Tx) -> list[tuple[int, str, int, int]]:
+            moved = []
+            for (app, sid, user), seq in sorted(delivered.items()):
+                # Another device of theirs may be further, and reading and sending move the position, too: what is
+                # told is the row.
+                row = await tx.one(
+                    "UPDATE members SET delivered=? WHERE app=? AND sid=? AND user=? AND delivered<?"
+                    " RETURNING delivered, read",
+                    seq,
+                    app,
+                    sid,
+                    user,
+                    seq,
                 )
+                if row is None:
+                    row = await tx.one(
+                        "SELECT m.delivered, m.read FROM members m WHERE m.app=? AND m.sid=? AND m.user=?",
+                        app,
+                        sid,
+                        user,
+                    )
+                if row is not None:
+                    moved.append((sid, user, row[0], row[1]))
             if devices:
                 await tx.many(
                     "INSERT INTO device_positions(app,user,device,sid,seq,at) VALUES (?,?,?,?,?,?)"
@@ -102,18 +119,19 @@ class Receipts:
                     " WHERE device_positions.seq<excluded.seq",
                     [(*key, seq, now) for key, seq in sorted(devices.items())],
                 )
+            return moved
 
         if delivered or devices:
             try:
-                await self._store.run(unit)
+                moved = await self._store.run(unit)
             except Refusal:
                 for key, seq in delivered.items():
                     self._delivered[key] = max(seq, self._delivered.get(key, 0))
                 for device_key, seq in devices.items():
                     self._devices[device_key] = max(seq, self._devices.get(device_key, 0))
                 raise
-            for (_, sid, user), seq in delivered.items():
-                self._tell(sid, user, seq, 0)
+            for sid, user, position, read in moved:
+                self._tell(sid, user, position, read)
         self._announce()
 
     def _tell(self, sid: int, user: str, delivered: int, read: int) -> None:
@@ -123,10 +141,13 @@ class Receipts:
 
     def _announce(self) -> None:
         told, self._told = self._told, {}
-        names, self._names = self._names, {}
+        names = self._names
+        # What was acknowledged while this was being written is told next time, and needs its channel's name then.
+        waiting = {sid for _, sid, _ in self._delivered}
+        self._names = {sid: name for sid, name in names.items() if sid in waiting}
         for sid, users in told.items():
-            app, channel = names.get(sid, (0, ""))
-            if not channel or len(users) > RECEIPTS_MEMBERS_MAX:
+            app, channel = names[sid]
+            if len(users) > RECEIPTS_MEMBERS_MAX:
                 continue
             receipts = [Receipt(user=user, delivered=seqs[0], read=seqs[1]) for user, seqs in users.items()]
             self._bus.publish(Signal(app, encode(ReceiptsSignal(channel=channel, receipts=receipts)), sid=sid))
