@@ -504,7 +504,7 @@ class Messages:
         return await self._store.read(unit)
 
     async def versions(self, actor: Actor, channel_id: str, message_id: str) -> list[MessageVersion]:
-        """Every version of a message, the original first: for its author and for `message.versions`."""
+        """Every version, the original first: for `message.versions`, and for the author until it is deleted."""
         access = await self._access.channel(actor, channel_id, P.CHANNEL_READ)
         channel = access.channel
 
