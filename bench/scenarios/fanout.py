@@ -121,7 +121,7 @@ async def _flood(sender: Socket, number: int, count: int) -> int:
     sender.on_sent = answered
     for _ in range(min(WINDOW, count)):
         next_one()
-    await done.wait()
+    await sender.until(done)
     sender.on_sent = None
     return number
 

@@ -88,7 +88,7 @@ class Load:
         began = time.perf_counter()
         for place in range(len(self.sockets)):
             self._send(place, time.perf_counter())
-        await self._done.wait()
+        await self.sockets[0].until(self._done)
         return time.perf_counter() - began, self._latencies
 
     async def open_loop(self, count: int, rate: float) -> tuple[float, list[float]]:
@@ -103,7 +103,7 @@ class Load:
                 self._send(sent % len(self.sockets), began + sent / rate)
                 sent += 1
             await asyncio.sleep(0.001)
-        await self._done.wait()
+        await self.sockets[0].until(self._done)
         return time.perf_counter() - began, self._latencies
 
     def _begin(self, count: int) -> None:
