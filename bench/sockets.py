@@ -24,7 +24,7 @@ _ERROR = b'{"type":"error"'
 CONNECTING_MAX = 64
 
 
-class Socket(WSListener):  # type: ignore[misc]
+class Socket(WSListener):
     """One device's connection.
 
     `events`, `bytes`: message events received and their payload. `on_sent`, `on_other`: called for each
@@ -42,7 +42,7 @@ class Socket(WSListener):  # type: ignore[misc]
         # Ends `until`: an error from the server, or the end of the connection.
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.failed.add_done_callback(lambda failed: failed.cancelled() or failed.exception())
-        self.transport: WSTransport = None
+        self.transport: WSTransport
         self._acknowledged: bytes | None = None
 
     def on_ws_connected(self, transport: WSTransport) -> None:
@@ -78,9 +78,10 @@ class Socket(WSListener):  # type: ignore[misc]
 
     async def until(self, event: asyncio.Event, seconds: float = 300.0) -> None:
         """Wait for an event that a frame will set. Raises what the server refuses, ConnectionError, TimeoutError."""
-        waiting = asyncio.ensure_future(event.wait())
+        waiting: asyncio.Future[Any] = asyncio.ensure_future(event.wait())
+        both: set[asyncio.Future[Any]] = {waiting, self.failed}
         try:
-            await asyncio.wait({waiting, self.failed}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if self.failed.done():
                 self.failed.result()
             if not event.is_set():
@@ -109,7 +110,9 @@ async def connect(port: int, token: str, device: str = "d1", source: str | None 
         Socket, f"ws://127.0.0.1:{port}/v1/ws", websocket_handshake_timeout=60, **extra
     )
     assert isinstance(listener, Socket)
-    listener.transport.underlying_transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    listener.transport.underlying_transport.get_extra_info("socket").setsockopt(
+        socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
+    )
     listener.send(hello.encode())
     await listener.connected
     return listener
@@ -142,7 +145,9 @@ def acknowledge_all(sockets: list[Socket], seconds: float = 1.0) -> asyncio.Task
 
 def message(ref: int, channel: str, key: str, text: str) -> bytes:
     """A `message.send` command. Names and text need no escaping here."""
-    return (
-        b'{"type":"message.send","ref":%d,"channel":"%s","key":"%s","text":"%s"}'
-        % (ref, channel.encode(), key.encode(), text.encode())
+    return b'{"type":"message.send","ref":%d,"channel":"%s","key":"%s","text":"%s"}' % (
+        ref,
+        channel.encode(),
+        key.encode(),
+        text.encode(),
     )

@@ -45,8 +45,8 @@ async def run(plan: Plan, findings: Findings) -> None:
                 findings.add("C loop's CPU per delivery", theirs / deliveries * 1e6, "µs")
                 findings.add("ratio", ours.total_s / theirs, "×", at_most(1.5))
     findings.note(
-        f"{MEMBERS} members, {RATE} messages/s of {len(TEXT)} bytes of text ({len(payload)} bytes as an event), receivers "
-        "acknowledge once a second. The C loop sends the same bytes to the same number of sockets of the same receiving "
+        f"{MEMBERS} members, {RATE} messages/s of {len(TEXT)} bytes of text ({len(payload)} bytes as an event), "
+        "receivers acknowledge once a second. The C loop sends the same bytes to as many sockets of the same receiving "
         "process at the same pace; both in turn on one machine. Its time is its thread's, ours the whole process's."
     )
 
@@ -67,7 +67,9 @@ async def run_flood(plan: Plan, findings: Findings) -> None:
                 findings.add("deliveries, by the clock", deliveries / seconds, "1/s")
                 findings.add("messages, by the clock", messages / seconds, "1/s")
                 findings.add("server CPU per message", cpu.total_s / messages * 1e6, "µs")
-    findings.note(f"{MEMBERS} members, one sender with {WINDOW} messages under way; sender and receivers are one process.")
+    findings.note(
+        f"{MEMBERS} members, one sender with {WINDOW} messages under way; sender and receivers are one process."
+    )
 
 
 async def _ward(server: BenchServer) -> list[str]:

@@ -68,5 +68,3 @@ def slowest_imports() -> list[str]:
     packages = {name: ms for name, ms in found.items() if "." not in name}
     everything = sorted(packages.items(), key=lambda item: -item[1])[:SHOWN]
     return [f"{name} {ms:.0f}" for name, ms in everything]
-
-
