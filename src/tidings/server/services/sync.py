@@ -85,7 +85,8 @@ def make_mark(now_ms: int) -> str:
 def read_mark(mark: str) -> int:
     """The moment of a mark, ms. Raises Refusal."""
     try:
-        if not 1 <= len(mark) <= 16:
+        # int() would take signs, blanks and underscores, too.
+        if not 1 <= len(mark) <= 16 or not all(digit in "0123456789abcdef" for digit in mark):
             raise ValueError
         return int(mark, 16)
     except ValueError:
