@@ -1,7 +1,7 @@
 """Role × operation × object × tenant: who gets in where. A row for every operation, made for the one that runs.
 
-Twelve callers knock at every operation of the OpenAPI document. A row says who gets in; who does not is told `forbidden`
-only about what they may see, and `not found` otherwise, exactly as about what does not exist.
+Thirteen callers knock at every operation of the OpenAPI document. A row says who gets in; who does not is told
+`forbidden` only about what they may see, and `not found` otherwise, exactly as about what does not exist.
 """
 
 from __future__ import annotations
@@ -266,9 +266,10 @@ async def test_who_gets_in(stage: Stage, op: str) -> None:
     assert not differ
 
 
-@pytest.mark.parametrize(
-    "op", [op for op, row in ROWS.items() if row.foreign == (404, 404) and "outsider" not in row.allowed]
-)
+HIDDEN = [op for op, row in ROWS.items() if row.foreign == (404, 404) and "outsider" not in row.allowed]
+
+
+@pytest.mark.parametrize("op", HIDDEN)
 async def test_what_is_hidden_looks_like_what_is_not_there(stage: Stage, op: str) -> None:
     """The same words for an object of somebody else, of another app, and for none."""
     world, row = stage.world, ROWS[op]

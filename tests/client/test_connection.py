@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidings.client.backoff import BACKOFF_BASE_SECONDS, BACKOFF_CAP_SECONDS, FullJitter
-from tidings.client.client import State
+from tidings.client.connection import State
 from tidings.client.errors import Closed, ConnectionRefused, OutcomeUnknown, Timeout
 
 from .conftest import client, take, until
@@ -213,7 +213,7 @@ async def test_heartbeats_are_sent_and_their_mark_is_given_at_the_next_connect(s
         server.append("c1", text="1")
         server.append("c1", text="2")
         await until(lambda: any(c["type"] == "ping" for c in server.commands))
-        await until(lambda: chat._mark == "2")
+        await until(lambda: chat._following.mark == "2")
         server.cut()
         await until(lambda: len(server.connects) == 2)
         assert server.connects[1]["since"] == "2"
@@ -301,4 +301,4 @@ async def test_http_can_be_asked_for_and_catches_up_after_its_session_ends(http_
 async def test_a_blocked_socket_is_an_error_when_only_the_socket_is_wanted(http_server: FakeServer) -> None:
     async with client(http_server, transport="websocket") as chat:
         await until(lambda: chat.state is State.WAITING)
-        assert "upgrade" in chat._change.reason
+        assert "upgrade" in chat._connection.change.reason

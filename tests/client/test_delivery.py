@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tidings.client.client import State
+from tidings.client.connection import State
 from tidings.client.errors import ConnectionRefused
 from tidings.client.events import ChannelJoined, HistoryReset, MessageCreated, UnknownEvent
 from tidings.client.streams import Streams
@@ -229,7 +229,7 @@ async def test_a_new_epoch_is_told_and_the_stream_starts_over(server: FakeServer
         for n in range(5):
             server.append("c1", text=str(n))
         await take(events, 5)
-        await until(lambda: chat._streams.get("c1").epoch == "e1")
+        await until(lambda: chat._following.streams.get("c1").epoch == "e1")
         server.epoch = "e2"
         server.streams["c1"] = server.streams["c1"][:2]
         server.clock += 1

@@ -203,7 +203,7 @@ async def test_a_mark_does_not_vouch_for_events_that_were_not_taken(server: Fake
         server.append("c1", text="2")
         await take(events, 1)
         # The server's mark is now newer than both events, one of which has not reached the application.
-        await until(lambda: chat._mark == "2")
+        await until(lambda: chat._following.mark == "2")
     async with client(server, store=tmp_path / "a.db") as chat:
         assert [event.seq for event in await take(chat.events(), 2)] == [1, 2]
     assert server.connects[1]["since"] == "2"

@@ -4,7 +4,8 @@ from ..wire.commands import PresenceSignal, ReceiptsSignal, TypingSignal, Unread
 from ..wire.resources import Attachment, Channel, Message, User
 from .backoff import FullJitter
 from .blocking import SyncClient, SyncRest
-from .client import Client, Observed, State, StateChange
+from .client import Client, Observed
+from .connection import State, StateChange
 from .errors import (
     Closed,
     ConnectionRefused,

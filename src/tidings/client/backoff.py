@@ -46,4 +46,5 @@ class FullJitter:
         return delay
 
     def reset(self) -> None:
+        """All is well: the next failure is the first one again."""
         self.attempt = 0

@@ -64,6 +64,7 @@ class LoopThread:
             pass  # Closed: there is nothing left to be told.
 
     def stop(self) -> None:
+        """End the loop and its thread; harmless when it has ended."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
@@ -228,6 +229,7 @@ class SyncRest:
         return other
 
     def close(self) -> None:
+        """Give the connections back and end the thread."""
         self._thread.run(self._wrapped.close())
         self._thread.stop()
 
@@ -248,6 +250,7 @@ class SyncChannel(Blocking[Channel]):
 
     @property
     def id(self) -> str:
+        """The channel's id."""
         return self._wrapped.id
 
     def send(self, text: str = "", **options: Any) -> Sent:
@@ -268,9 +271,11 @@ class SyncChannel(Blocking[Channel]):
     mark_unread = _wait(Channel.mark_unread)
 
     def typing(self, on: bool = True) -> None:
+        """See Channel.typing."""
         self._thread.call(lambda: self._wrapped.typing(on))
 
     def events(self, *, queue_size: int = QUEUE_MAX, timeout: float | None = None) -> SyncEvents:
+        """The events of this channel; see SyncClient.events."""
         return SyncEvents(self._thread.call(lambda: self._wrapped.events(queue_size=queue_size)), self._thread, timeout)
 
 
@@ -313,6 +318,7 @@ class SyncEvents:
         self._thread.call(self._events.taken)
 
     def close(self) -> None:
+        """Stop. What was not acknowledged goes to the next iterator."""
         self._thread.run(self._events.aclose())
 
     def __del__(self) -> None:
@@ -348,10 +354,12 @@ class SyncClient:
 
     @property
     def state(self) -> str:
+        """A word of `State`: connecting, connected, waiting or closed."""
         return self._wrapped.state.value
 
     @property
     def user(self) -> str | None:
+        """The user's id, known from the first connection on."""
         return self._wrapped.user
 
     @property
@@ -360,6 +368,7 @@ class SyncClient:
         return self._thread.call(lambda: list(self._wrapped.outbox))
 
     def channel(self, id: str) -> SyncChannel:
+        """A channel by its id; nothing is asked."""
         return SyncChannel(self._wrapped.channel(id), self._thread)
 
     def events(self, *channels: str, queue_size: int = QUEUE_MAX, timeout: float | None = None) -> SyncEvents:
@@ -372,13 +381,16 @@ class SyncClient:
         self._thread.call(lambda: self._wrapped.on(kind, callback))
 
     def position(self, stream: str) -> int | None:
+        """See Client.position."""
         return self._thread.call(lambda: self._wrapped.position(stream))
 
     def open(self) -> SyncClient:
+        """See Client.open; `with` does it."""
         self._thread.run(self._wrapped.open())
         return self
 
     def close(self) -> None:
+        """See Client.close; `with` does it."""
         self._thread.run(self._wrapped.close())
         self._thread.stop()
 

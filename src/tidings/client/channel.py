@@ -128,22 +128,22 @@ class Channel:
         command = EditMessage(
             channel=self.id, id=message, text=text, mentions=mentions, attachments=attachments, custom=custom
         )
-        return (await self._client._command(command, Done, timeout=timeout, repeatable=False)).seq
+        return (await self._client._connection.command(command, Done, timeout=timeout, repeatable=False)).seq
 
     async def delete(self, message: str, *, hard: bool = False, timeout: float = COMMAND_SECONDS) -> int | None:
         """Delete a message by its id. `hard` destroys its content, and needs a permission of its own."""
         command = DeleteMessage(channel=self.id, id=message, hard=hard)
-        return (await self._client._command(command, Done, timeout=timeout, repeatable=False)).seq
+        return (await self._client._connection.command(command, Done, timeout=timeout, repeatable=False)).seq
 
     async def react(self, message: str, emoji: str, *, timeout: float = COMMAND_SECONDS) -> int | None:
         """Add a reaction. Answers the seq of the change, None when it was there already."""
         command = AddReaction(channel=self.id, id=message, emoji=emoji)
-        return (await self._client._command(command, Done, timeout=timeout)).seq
+        return (await self._client._connection.command(command, Done, timeout=timeout)).seq
 
     async def unreact(self, message: str, emoji: str, *, timeout: float = COMMAND_SECONDS) -> int | None:
         """Take a reaction back. Answers the seq of the change, None when there was none."""
         command = RemoveReaction(channel=self.id, id=message, emoji=emoji)
-        return (await self._client._command(command, Done, timeout=timeout)).seq
+        return (await self._client._connection.command(command, Done, timeout=timeout)).seq
 
     # ------------------------------------------------------------ reading
 
@@ -161,8 +161,8 @@ class Channel:
         The page's `head` and `epoch` tell where the channel stood: events above `head` come through `events()`.
         """
         command = History(channel=self.id, before=before, after=after, around=around, limit=limit)
-        reply = await self._client._command(command, HistoryReply, timeout=timeout)
-        self._client._seen_head(self.id, reply.epoch, reply.head)
+        reply = await self._client._connection.command(command, HistoryReply, timeout=timeout)
+        self._client._following.seen_head(self.id, reply.epoch, reply.head)
         return reply
 
     async def history(
@@ -202,11 +202,11 @@ class Channel:
 
     async def read(self, seq: int, *, timeout: float = COMMAND_SECONDS) -> ReadReply:
         """The user has read everything up to `seq`. Answers the counts that remain."""
-        return await self._client._command(Read(channel=self.id, seq=seq), ReadReply, timeout=timeout)
+        return await self._client._connection.command(Read(channel=self.id, seq=seq), ReadReply, timeout=timeout)
 
     async def mark_unread(self, seq: int, *, timeout: float = COMMAND_SECONDS) -> None:
         """Count everything from the message at `seq` on as unread, until the channel is read again."""
-        await self._client._command(MarkUnread(channel=self.id, seq=seq), None, timeout=timeout)
+        await self._client._connection.command(MarkUnread(channel=self.id, seq=seq), None, timeout=timeout)
 
     def typing(self, on: bool = True) -> None:
         """Tell the others that the user is typing, best effort. Call it on every key press: one in 3 s is sent."""

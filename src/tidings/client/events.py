@@ -39,6 +39,7 @@ class ChannelEvent(DurableEvent, frozen=True, kw_only=True):
 
     @property
     def stream(self) -> str:
+        """The stream's name, under the name that all events have it."""
         return self.channel
 
 
@@ -99,6 +100,7 @@ class ChannelJoined(OwnEvent, frozen=True, kw_only=True, tag="channel.joined"):
 
     @property
     def channel(self) -> str:
+        """The channel's id."""
         return self.joined.channel
 
 
@@ -107,6 +109,7 @@ class ChannelLeft(OwnEvent, frozen=True, kw_only=True, tag="channel.left"):
 
     @property
     def channel(self) -> str:
+        """The channel's id."""
         return self.left.channel
 
 
@@ -115,6 +118,7 @@ class ChannelSettingsChanged(OwnEvent, frozen=True, kw_only=True, tag="channel.s
 
     @property
     def channel(self) -> str:
+        """The channel's id."""
         return self.settings.channel
 
 

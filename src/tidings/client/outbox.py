@@ -64,18 +64,22 @@ class Outgoing:
 
     @property
     def state(self) -> Literal["queued", "sent", "failed"]:
+        """Where the message is."""
         return "sent" if self.result is not None else "failed" if self.error is not None else "queued"
 
     @property
     def channel(self) -> str:
+        """The channel's id."""
         return self.command.channel
 
     @property
     def key(self) -> str:
+        """The client key, which it keeps for life."""
         return self.command.key
 
     @property
     def text(self) -> str:
+        """What it says."""
         return self.command.text
 
     async def sent(self, timeout: float | None = None) -> Sent:

@@ -26,6 +26,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from ..wire import limits, requests
+from ..wire.replies import Changed
 from ..wire.resources import (
     ApiKey,
     App,
@@ -39,7 +40,6 @@ from ..wire.resources import (
     Head,
     IdentityProvider,
     Member,
-    Membership,
     Message,
     MessageVersion,
     Receipt,
@@ -89,11 +89,11 @@ class MessagePage(msgspec.Struct, frozen=True):
 
 
 class Moved(msgspec.Struct, frozen=True):
-    """The streams that moved since a mark, and the mark to ask with next time."""
+    """The streams that moved since a mark, and the mark to ask with next time, once every page (`next`) is read."""
 
     mark: str
     moved: list[Head] = []
-    more: str | None = None
+    next: str | None = None
 
 
 class EventPage(msgspec.Struct, frozen=True):
@@ -186,6 +186,7 @@ class Rest:
         await self.close()
 
     async def close(self) -> None:
+        """Give the connections back. Iterators under way fail."""
         await self._http.aclose()
 
     # ------------------------------------------------------------ requests
@@ -282,12 +283,15 @@ class AppRest(_Noun):
     """The app itself: settings, keys, roles, channel types, relations, audit. Needs an API key."""
 
     async def get(self) -> App:
+        """The app's name and settings."""
         return await self._rest._get(App, "/v1/app")
 
     async def update(self, *, name: str | UnsetType = UNSET, settings: AppSettings | UnsetType = UNSET) -> App:
+        """Change what is given; the app as it is now. `settings` replaces all of them."""
         return await self._rest._call(App, "PATCH", "/v1/app", requests.AppUpdate(name=name, settings=settings))
 
     def keys(self) -> AsyncIterator[ApiKey]:
+        """The API keys, revoked ones included, without their secrets."""
         return self._rest._list(ApiKey, "/v1/app/keys")
 
     async def create_key(
@@ -298,9 +302,11 @@ class AppRest(_Noun):
         return await self._rest._call(ApiKey, "POST", "/v1/app/keys", body)
 
     async def revoke_key(self, id: str) -> None:
+        """End a key at once. Raises Refused (`conflict`) for the key that asks."""
         await self._rest._do("DELETE", _path("app", "keys", id))
 
     def signing_keys(self) -> AsyncIterator[SigningKeyInfo]:
+        """The keys that verify users' tokens, retired ones included, without their secrets."""
         return self._rest._list(SigningKeyInfo, "/v1/app/signing-keys")
 
     async def create_signing_key(
@@ -311,13 +317,16 @@ class AppRest(_Noun):
         secret: str | None = None,
         public_key: str | None = None,
     ) -> SigningKeyInfo:
+        """A new key for users' tokens. An HS256 secret that the server made is in this answer and in no other."""
         body = requests.SigningKeyCreate(algorithm=algorithm, kid=kid, secret=secret, public_key=public_key)
         return await self._rest._call(SigningKeyInfo, "POST", "/v1/app/signing-keys", body)
 
     async def delete_signing_key(self, kid: str) -> None:
+        """Retire a key: tokens that it signed are refused from now on."""
         await self._rest._do("DELETE", _path("app", "signing-keys", kid))
 
     def identity_providers(self) -> AsyncIterator[IdentityProvider]:
+        """Where the app's own identity systems publish their keys."""
         return self._rest._list(IdentityProvider, "/v1/app/identity-providers")
 
     async def create_identity_provider(
@@ -327,27 +336,34 @@ class AppRest(_Noun):
         algorithms: list[Literal["RS256", "ES256", "EdDSA"]] | None = None,
         cache_seconds: int = 300,
     ) -> IdentityProvider:
+        """Trust tokens signed by the keys under `jwks_url`; they are kept for `cache_seconds`."""
         body = requests.IdentityProviderCreate(
             jwks_url=jwks_url, algorithms=algorithms or ["RS256"], cache_seconds=cache_seconds
         )
         return await self._rest._call(IdentityProvider, "POST", "/v1/app/identity-providers", body)
 
     async def delete_identity_provider(self, id: str) -> None:
+        """Trust this provider's tokens no longer."""
         await self._rest._do("DELETE", _path("app", "identity-providers", id))
 
     def roles(self) -> AsyncIterator[Role]:
+        """Every role, built-in ones included."""
         return self._rest._list(Role, "/v1/app/roles")
 
     async def put_role(self, scope: str, name: str, grants: list[str]) -> Role:
+        """Define a role of a `scope` (app, channel or relation) by its permission words."""
         return await self._rest._call(Role, "PUT", _path("app", "roles", scope, name), requests.RolePut(grants=grants))
 
     async def delete_role(self, scope: str, name: str) -> None:
+        """Delete a role. Raises Refused (`conflict`) while it is in use or when it is built in."""
         await self._rest._do("DELETE", _path("app", "roles", scope, name))
 
     def channel_types(self) -> AsyncIterator[ChannelType]:
+        """Every channel type, built-in ones included."""
         return self._rest._list(ChannelType, "/v1/app/channel-types")
 
     async def channel_type(self, name: str) -> ChannelType:
+        """One channel type. Raises Refused (`not_found`)."""
         return await self._rest._get(ChannelType, _path("app", "channel-types", name))
 
     async def put_channel_type(
@@ -362,6 +378,7 @@ class AppRest(_Noun):
         public: bool = False,
         history: Literal["all", "since_join"] = "all",
     ) -> ChannelType:
+        """Define a channel type, or replace the definition that there is."""
         body = requests.ChannelTypePut(
             features=features or ChannelFeatures(),
             grants=grants or {},
@@ -374,23 +391,31 @@ class AppRest(_Noun):
         return await self._rest._call(ChannelType, "PUT", _path("app", "channel-types", name), body)
 
     async def delete_channel_type(self, name: str) -> None:
+        """Delete a channel type. Raises Refused (`conflict`) while there are channels of it, deleted ones included."""
         await self._rest._do("DELETE", _path("app", "channel-types", name))
 
     def relations(self, *, user: str | None = None, kind: str | None = None) -> AsyncIterator[Relation]:
+        """Who stands in which relation to whom."""
         return self._rest._list(Relation, "/v1/app/relations", {"user": user, "kind": kind})
 
     async def put_relation(self, kind: str, user: str, other: str) -> Relation:
+        """Let `user` stand in relation `kind` to `other`; it may stand already."""
         body = requests.RelationPut(kind=kind, user=user, other=other)
         return await self._rest._call(Relation, "PUT", "/v1/app/relations", body)
 
     async def delete_relation(self, kind: str, user: str, other: str) -> None:
-        await self._rest._do("DELETE", "/v1/app/relations", requests.RelationPut(kind=kind, user=user, other=other))
+        """End a relation. Raises Refused (`not_found`) when there was none."""
+        query = {"kind": kind, "user": user, "other": other}
+        await self._rest.request("DELETE", "/v1/app/relations", query=query)
 
     def audit(self) -> AsyncIterator[AuditEntry]:
+        """Who did what to what, the newest first; never content."""
         return self._rest._list(AuditEntry, "/v1/app/audit")
 
 
 class UsersRest(_Noun):
+    """Users, their tokens and their devices."""
+
     async def create(
         self,
         id: str | None = None,
@@ -401,6 +426,7 @@ class UsersRest(_Noun):
         custom: dict[str, Any] | None = None,
         labels: dict[str, str] | None = None,
     ) -> User:
+        """Create a user; without an `id` the server makes one. Raises Refused (`already_exists`)."""
         body = requests.UserCreate(
             id=id, name=name, avatar_url=avatar_url, role=role, custom=custom or {}, labels=labels or {}
         )
@@ -424,6 +450,7 @@ class UsersRest(_Noun):
         return self._rest._list(User, "/v1/users", filters)
 
     async def get(self, id: str) -> User:
+        """One user. Raises Refused (`not_found`)."""
         return await self._rest._get(User, _path("users", id))
 
     async def update(
@@ -436,16 +463,20 @@ class UsersRest(_Noun):
         custom: dict[str, Any] | UnsetType = UNSET,
         labels: dict[str, str] | UnsetType = UNSET,
     ) -> User:
+        """Change what is given; None empties a field."""
         body = requests.UserUpdate(name=name, avatar_url=avatar_url, role=role, custom=custom, labels=labels)
         return await self._rest._call(User, "PATCH", _path("users", id), body)
 
     async def delete(self, id: str) -> None:
+        """Delete a user: they leave every channel. Messages stay or go as the app's settings say."""
         await self._rest._do("DELETE", _path("users", id))
 
     async def deactivate(self, id: str) -> User:
+        """Refuse this user from now on and end their connections; nothing is deleted."""
         return await self._rest._call(User, "POST", _path("users", id, "deactivate"), repeatable=True)
 
     async def reactivate(self, id: str) -> User:
+        """Let a deactivated user in again."""
         return await self._rest._call(User, "POST", _path("users", id, "reactivate"), repeatable=True)
 
     async def token(self, id: str, *, ttl_seconds: int = 3600) -> Token:
@@ -460,9 +491,11 @@ class UsersRest(_Noun):
         )
 
     def devices(self, id: str) -> AsyncIterator[Device]:
+        """The devices this user has connected with."""
         return self._rest._list(Device, _path("users", id, "devices"))
 
     async def delete_device(self, id: str, device: str) -> None:
+        """Forget a device."""
         await self._rest._do("DELETE", _path("users", id, "devices", device))
 
 
@@ -470,6 +503,7 @@ class MeRest(_Noun):
     """The user on whose behalf the requests are."""
 
     async def get(self) -> User:
+        """The user's own profile."""
         return await self._rest._get(User, "/v1/me")
 
     async def update(
@@ -479,11 +513,14 @@ class MeRest(_Noun):
         avatar_url: str | UnsetType | None = UNSET,
         custom: dict[str, Any] | UnsetType = UNSET,
     ) -> User:
+        """Change what is given of it; None empties a field."""
         body = requests.UserUpdate(name=name, avatar_url=avatar_url, custom=custom)
         return await self._rest._call(User, "PATCH", "/v1/me", body)
 
 
 class ChannelsRest(_Noun):
+    """Channels, and the caller's own side of them."""
+
     async def create(
         self,
         id: str | None = None,
@@ -521,19 +558,24 @@ class ChannelsRest(_Noun):
         hidden: bool | None = None,
         unread: bool | None = None,
         sort: Literal["last_message", "created", "updated"] | None = None,
-        include: str | None = None,
+        include: Iterable[Literal["last_message", "members"]] = (),
     ) -> AsyncIterator[Channel]:
+        """The channels that match everything given, fetched page by page; `hidden` and `archived` need a user.
+
+        `include`: what else each of them is to carry. `sort`: the newest first; by default `last_message`.
+        """
         flags = {
             name: str(value).lower()
             for name, value in (("archived", archived), ("hidden", hidden), ("unread", unread))
             if value is not None
         }
         wanted = {f"label.{name}": value for name, value in (labels or {}).items()}
-        plain = {"type": type, "member": member, "sort": sort, "include": include}
+        plain = {"type": type, "member": member, "sort": sort, "include": ",".join(include) or None}
         return self._rest._list(Channel, "/v1/channels", {**plain, **flags, **wanted})
 
-    async def get(self, id: str, *, include: str | None = None) -> Channel:
-        return await self._rest._get(Channel, _path("channels", id), include=include)
+    async def get(self, id: str) -> Channel:
+        """One channel, with the caller's own side of it in `membership`. Raises Refused (`not_found`)."""
+        return await self._rest._get(Channel, _path("channels", id))
 
     async def update(
         self,
@@ -546,12 +588,14 @@ class ChannelsRest(_Noun):
         labels: dict[str, str] | UnsetType = UNSET,
         frozen: bool | UnsetType = UNSET,
     ) -> Channel:
+        """Change what is given; None empties a field. `frozen`: nobody may write for now."""
         body = requests.ChannelUpdate(
             name=name, description=description, avatar_url=avatar_url, custom=custom, labels=labels, frozen=frozen
         )
         return await self._rest._call(Channel, "PATCH", _path("channels", id), body)
 
     async def delete(self, id: str) -> None:
+        """Delete a channel for everyone."""
         await self._rest._do("DELETE", _path("channels", id))
 
     async def set_membership(
@@ -561,37 +605,49 @@ class ChannelsRest(_Noun):
         hidden: bool | UnsetType = UNSET,
         archived: bool | UnsetType = UNSET,
         muted_until: datetime | UnsetType | None = UNSET,
-    ) -> Membership:
-        """The caller's own side of the channel."""
+    ) -> Channel:
+        """Change the caller's own side of a channel; the channel, with the new settings in `membership`."""
         body = requests.MembershipUpdate(hidden=hidden, archived=archived, muted_until=muted_until)
-        return await self._rest._call(Membership, "PATCH", _path("channels", id, "membership"), body)
+        return await self._rest._call(Channel, "PATCH", _path("channels", id, "membership"), body)
 
     async def join(self, id: str) -> None:
+        """Join a public channel; the user may be in it already."""
         await self._rest._do("POST", _path("channels", id, "join"), repeatable=True)
 
     async def leave(self, id: str) -> None:
+        """Leave a channel."""
         await self._rest._do("POST", _path("channels", id, "leave"))
 
 
 class MembersRest(_Noun):
+    """Who is in a channel, and in which role."""
+
     def all(self, channel: str) -> AsyncIterator[Member]:
+        """Every member of a channel."""
         return self._rest._list(Member, _path("channels", channel, "members"))
 
-    async def add(self, channel: str, users: list[str], *, role: str | None = None) -> None:
+    async def add(self, channel: str, users: list[str], *, role: str | None = None) -> list[Member]:
         """Add these users; those that are members already stay as they are. Any number, sent in bulks."""
+        answer: list[Member] = []
         for start in range(0, len(users), limits.BULK_MAX):
             body = requests.MembersAdd(users=users[start : start + limits.BULK_MAX], role=role)
-            await self._rest._do("POST", _path("channels", channel, "members"), body, repeatable=True)
+            page = await self._rest._call(Page, "POST", _path("channels", channel, "members"), body, repeatable=True)
+            answer += [_decode(bytes(item), Member) for item in page.items]
+        return answer
 
     async def update(self, channel: str, user: str, *, role: str) -> Member:
+        """Give a member another role."""
         body = requests.MemberUpdate(role=role)
         return await self._rest._call(Member, "PATCH", _path("channels", channel, "members", user), body)
 
     async def remove(self, channel: str, user: str) -> None:
+        """Remove a member: nothing of the channel reaches them once this has returned."""
         await self._rest._do("DELETE", _path("channels", channel, "members", user))
 
 
 class MessagesRest(_Noun):
+    """Messages: sent, read, changed, reacted to."""
+
     async def send(
         self,
         channel: str,
@@ -651,6 +707,7 @@ class MessagesRest(_Noun):
             edge = page.messages[0 if newest_first else -1].seq
 
     async def get(self, channel: str, id: str) -> Message:
+        """One message; of a deleted one its place without its content. Raises Refused (`not_found`)."""
         return await self._rest._get(Message, _path("channels", channel, "messages", id))
 
     async def edit(
@@ -663,50 +720,78 @@ class MessagesRest(_Noun):
         attachments: Any = UNSET,
         custom: dict[str, Any] | UnsetType = UNSET,
     ) -> Message:
+        """Change a message; what is left out stays. The message as it is now."""
         body = requests.MessageEdit(text=text, mentions=mentions, attachments=attachments, custom=custom)
         return await self._rest._call(Message, "PATCH", _path("channels", channel, "messages", id), body)
 
-    async def delete(self, channel: str, id: str, *, hard: bool = False) -> None:
+    async def delete(self, channel: str, id: str, *, hard: bool = False) -> int | None:
+        """Delete a message; `hard` destroys its content and needs a permission of its own.
+
+        Answers the seq of the change, None when there was nothing to change.
+        """
         query = {"hard": "true"} if hard else None
-        await self._rest._do("DELETE", _path("channels", channel, "messages", id), query=query)
+        path = _path("channels", channel, "messages", id)
+        return (await self._rest._call(Changed, "DELETE", path, query=query)).seq
 
     def versions(self, channel: str, id: str) -> AsyncIterator[MessageVersion]:
+        """Every version of a message that was edited, the original first.
+
+        For the message's author until it is deleted; otherwise it takes `message.versions`, and a hard deletion leaves
+        none.
+        """
         return self._rest._list(MessageVersion, _path("channels", channel, "messages", id, "versions"))
 
-    async def react(self, channel: str, id: str, emoji: str) -> None:
+    async def react(self, channel: str, id: str, emoji: str) -> int | None:
+        """Add the user's reaction. Answers the seq of the change, None when it was there already."""
         path = _path("channels", channel, "messages", id, "reactions")
-        await self._rest._do("POST", path, requests.ReactionAdd(emoji=emoji), repeatable=True)
+        return (await self._rest._call(Changed, "POST", path, requests.ReactionAdd(emoji=emoji), repeatable=True)).seq
 
-    async def unreact(self, channel: str, id: str, emoji: str) -> None:
-        await self._rest._do("DELETE", _path("channels", channel, "messages", id, "reactions", emoji))
+    async def unreact(self, channel: str, id: str, emoji: str) -> int | None:
+        """Take the user's reaction back. Answers the seq of the change, None when there was none."""
+        path = _path("channels", channel, "messages", id, "reactions", emoji)
+        return (await self._rest._call(Changed, "DELETE", path)).seq
 
 
 class ReceiptsRest(_Noun):
+    """How far everyone has read, and what is left."""
+
     async def read(self, channel: str, seq: int) -> Unread:
         """The user has read everything up to `seq`."""
         path = _path("channels", channel, "read")
         return await self._rest._call(Unread, "POST", path, requests.ReadMark(seq=seq), repeatable=True)
 
     async def mark_unread(self, channel: str, seq: int) -> Unread:
+        """Count everything from the message at `seq` on as unread, until the channel is read again."""
         path = _path("channels", channel, "unread")
         return await self._rest._call(Unread, "POST", path, requests.ReadMark(seq=seq), repeatable=True)
 
     def all(self, channel: str) -> AsyncIterator[Receipt]:
+        """How far each member is: delivered and read."""
         return self._rest._list(Receipt, _path("channels", channel, "receipts"))
 
     async def unread(self) -> UnreadTotal:
-        return await self._rest._get(UnreadTotal, "/v1/unread")
+        """The user's unread messages and mentions in all, and every channel that has any (all pages of them)."""
+        total = page = await self._rest._get(UnreadTotal, "/v1/unread")
+        channels = list(page.channels)
+        while page.next is not None:
+            page = await self._rest._get(UnreadTotal, "/v1/unread", cursor=page.next)
+            channels += page.channels
+        return UnreadTotal(unread=total.unread, mentions=total.mentions, channels=channels)
 
 
 class StreamsRest(_Noun):
     """Asynchronous polling by cursor: for backends that follow conversations without a connection."""
 
-    async def moved(self, since: str | None = None, *, wait: int = 0) -> Moved:
-        """The streams that moved since a mark; `wait`: seconds to wait for one that does (at most POLL_WAIT_MAX)."""
-        data = await self._rest.request(
-            "GET", "/v1/sync", query=_given(since=since, wait=wait or None), timeout=REQUEST_SECONDS_MAX + wait
+    async def moved(self, since: str | None = None, *, wait: int = 0, cursor: str | None = None) -> Moved:
+        """The streams that moved since a mark, a page at a time; without a mark all of them.
+
+        `wait`: seconds to wait for one that moves (at most POLL_WAIT_MAX). A stream may be listed though it stood
+        still: compare each head with what you have. `cursor`: the `next` of the page before.
+        """
+        query = _given(since=since, wait=wait or None, cursor=cursor)
+        return _decode(
+            await self._rest.request("GET", "/v1/sync", query=query, timeout=REQUEST_SECONDS_MAX + wait), Moved
         )
-        return _decode(data, Moved)
 
     async def events(
         self, channel: str, after: int, *, epoch: str | None = None, limit: int | None = None, wait: int = 0

@@ -61,39 +61,50 @@ class Saved(msgspec.Struct, frozen=True):
 class Store(Protocol):
     """The port. `save` and `remove` may be lost in a crash, at worst by a moment; `add` is durable when it returns."""
 
-    async def open(self, identity: dict[str, str]) -> Saved: ...
+    async def open(self, identity: dict[str, str]) -> Saved:
+        """Read everything and bind the store to this identity. Raises StoreInUse, StoreMismatch, StoreError."""
 
     async def identify(self, identity: dict[str, str]) -> None:
         """Bind the store to this identity, or raise StoreMismatch. Names that are not given are not compared."""
 
-    async def add(self, message: SavedMessage) -> None: ...
+    async def add(self, message: SavedMessage) -> None:
+        """Keep a message until `remove`. Raises StoreError, also when one with its channel and key is kept."""
 
-    def remove(self, n: int) -> None: ...
+    def remove(self, n: int) -> None:
+        """Forget a message; an unknown one is none."""
 
-    def save(self, mark: str | None, streams: Iterable[SavedStream], dropped: Iterable[str]) -> None: ...
+    def save(self, mark: str | None, streams: Iterable[SavedStream], dropped: Iterable[str]) -> None:
+        """Keep the mark (None: the one there is), these streams, and not the dropped ones: all of it or nothing."""
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Write what waits and let go."""
 
 
 class MemoryStore:
     """Remembers nothing beyond the client's own memory."""
 
     async def open(self, identity: dict[str, str]) -> Saved:
+        """See Store; nothing is kept."""
         return Saved()
 
     async def identify(self, identity: dict[str, str]) -> None:
+        """See Store; nothing is kept."""
         pass
 
     async def add(self, message: SavedMessage) -> None:
+        """See Store; nothing is kept."""
         pass
 
     def remove(self, n: int) -> None:
+        """See Store; nothing is kept."""
         pass
 
     def save(self, mark: str | None, streams: Iterable[SavedStream], dropped: Iterable[str]) -> None:
+        """See Store; nothing is kept."""
         pass
 
     async def close(self) -> None:
+        """See Store; nothing is kept."""
         pass
 
 
@@ -130,16 +141,20 @@ class FileStore:
             raise
 
     async def identify(self, identity: dict[str, str]) -> None:
+        """See Store."""
         await self._run(lambda db: _identify(db, identity))
 
     async def add(self, message: SavedMessage) -> None:
+        """See Store."""
         row = (message.n, message.channel, message.key, message.command, message.created_ms)
         await self._run(lambda db: db.execute("INSERT INTO outbox VALUES (?, ?, ?, ?, ?)", row))
 
     def remove(self, n: int) -> None:
+        """See Store."""
         self._jobs.put((lambda db: db.execute("DELETE FROM outbox WHERE n = ?", (n,)), None))
 
     def save(self, mark: str | None, streams: Iterable[SavedStream], dropped: Iterable[str]) -> None:
+        """See Store."""
         rows = [(stream.name, stream.epoch, stream.seq, int(stream.open)) for stream in streams]
         gone = [(name,) for name in dropped]
 

@@ -64,10 +64,12 @@ class Stream:
 
     @property
     def behind(self) -> bool:
+        """More was announced than was received: to be asked for."""
         return self in self._lagging
 
     @behind.setter
     def behind(self, value: bool) -> None:
+        """A stream that was dropped is never behind."""
         if value and not self.dropped:
             self._lagging.add(self)
         else:
@@ -98,6 +100,7 @@ class Stream:
         return "ignore" if self.asked or self.behind else "gap"
 
     def position(self) -> Position:
+        """What is received, as a `sync` names it."""
         return Position(seq=self.received, epoch=self.epoch)
 
 

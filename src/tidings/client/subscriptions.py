@@ -57,9 +57,11 @@ class Feed:
         self.error: TidingsError | None = None
 
     def wants(self, name: str) -> bool:
+        """Whether this feed is offered the events of a stream."""
         return self.only is None or name in self.only
 
     def put(self, delivery: Delivery) -> None:
+        """Queue a delivery and wake who waits for it."""
         self.queue.append(delivery)
         waiter = self.waiter
         if waiter is not None:
@@ -175,11 +177,13 @@ class Latest(Generic[T]):
         self._wants = wants
 
     def put(self, item: T) -> None:
+        """Offer an item; it is kept if the iterator wants it."""
         if self._wants is None or self._wants(item):
             self._items.append(item)
             self._wake()
 
     def end(self) -> None:
+        """Nothing more will come: the iterator ends when what waits was taken."""
         self._closed = True
         self._wake()
 
@@ -200,5 +204,6 @@ class Latest(Generic[T]):
         return self._items.popleft()
 
     async def aclose(self) -> None:
+        """Stop listening."""
         self._left(self)
         self.end()

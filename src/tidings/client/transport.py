@@ -45,12 +45,14 @@ class Transport(Protocol):
 
     name: str
 
-    def send(self, frame: bytes) -> None: ...
+    def send(self, frame: bytes) -> None:
+        """Queue a frame; one that is sent to a closed connection is lost."""
 
     def pause(self) -> None:
         """Stop reading: what the server sends stays in the network until `resume`."""
 
-    def resume(self) -> None: ...
+    def resume(self) -> None:
+        """Read on."""
 
     def close(self) -> None:
         """Say goodbye and close. `on_closed` follows."""
@@ -269,17 +271,21 @@ class HttpTransport:
         self._http.headers["Authorization"] = f"Bearer {token}"
 
     def send(self, frame: bytes) -> None:
+        """See Transport."""
         if not self._closed:
             self._waiting.append(frame)
             self._wake.set()
 
     def pause(self) -> None:
+        """See Transport."""
         self._reading.clear()
 
     def resume(self) -> None:
+        """See Transport."""
         self._reading.set()
 
     def close(self) -> None:
+        """See Transport."""
         if self._task is not None:
             self._task.cancel()
 

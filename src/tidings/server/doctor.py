@@ -142,7 +142,7 @@ def check_key_file(key_file: Path) -> Finding:
             "fail",
             name,
             f"{key_file} is open to others (mode {mode:04o})",
-            f"chmod 600 {key_file}; if others could read it, rotate it with `tidings keys rotate`.",
+            f"chmod 600 {key_file}; if others could read it, rotate it with `tidings keys rotate-root`.",
         )
     return Finding("ok", name, f"{key_file}, mode {mode:04o}")
 

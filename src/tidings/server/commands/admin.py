@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from tidings.server.services import Services
     from tidings.server.services.access import Actor
 
+from .datadir import share
+
 T = TypeVar("T")
 
 app = cyclopts.App(name="app", help="Apps: the tenants of this server. Nothing crosses from one to another.")
@@ -416,8 +418,10 @@ def _config(where: Where) -> Config:
 async def _opened(where: Where) -> AsyncIterator[Services]:
     from tidings.server.app import open_core
 
-    async with open_core(_config(where)) as core:
-        yield core.services
+    config = _config(where)
+    with share(config.data_dir):
+        async with open_core(config) as core:
+            yield core.services
 
 
 def _run(where: Where, work: Callable[[Services], Awaitable[T]]) -> T:

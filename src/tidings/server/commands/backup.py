@@ -30,7 +30,7 @@ from tidings.server.config import Config
 from tidings.server.errors import StoreCorrupt, TidingsError
 from tidings.server.store.sqlite import connect
 
-from .datadir import RESTORING, SERVER_LOCK, fsync_directory, fsync_file, hold, is_private
+from .datadir import COMMANDS_LOCK, RESTORING, ROTATION_LOCK, SERVER_LOCK, fsync_directory, fsync_file, hold, is_private
 from .terminal import ConfigOption, DataDirOption, console, progress, settings
 
 DATABASE: Final = "tidings.db"
@@ -49,7 +49,7 @@ EPOCHS_STEP: Final = 5_000
 FORMAT: Final = "tidings-backup"
 _EPOCH_BYTES: Final = 5
 # What may lie in a data directory without there being data.
-_NOT_DATA: Final = (SERVER_LOCK, "rotation.lock", "root.key", "root.key.lock", "lost+found")
+_NOT_DATA: Final = (SERVER_LOCK, COMMANDS_LOCK, ROTATION_LOCK, "root.key", "root.key.lock", "lost+found")
 
 
 class BackupFailed(TidingsError):
@@ -233,10 +233,11 @@ def open_sample(path: Path, key_file: Path) -> int:
         ):
             keyring.app_cipher(names[app]).open(sealed, b"user:" + user.encode())
         for app, sid, key, number, app_version, item, sealed in connection.execute(
-            "SELECT e.app, e.sid, s.key_wrapped, s.key_version, s.key_app_version, e.item, e.sealed FROM"
+            "SELECT s.app, s.sid, s.key_wrapped, s.key_version, s.key_app_version, coalesce(e.item, m.id),"
+            " coalesce(e.sealed, m.sealed) AS box FROM"
             " (SELECT sid FROM streams WHERE head>0 AND length(key_wrapped)>0 ORDER BY moved_at DESC LIMIT ?) v"
-            " JOIN streams s ON s.sid=v.sid JOIN events e ON e.app=s.app AND e.sid=s.sid AND e.seq=s.head"
-            " WHERE e.sealed IS NOT NULL",
+            " JOIN streams s ON s.sid=v.sid LEFT JOIN events e ON e.app=s.app AND e.sid=s.sid AND e.seq=s.head"
+            " LEFT JOIN messages m ON m.app=s.app AND m.sid=s.sid AND m.seq=s.head WHERE box IS NOT NULL",
             (SAMPLE_ROWS,),
         ):
             stream_key = WrappedStreamKey(version=number, app_key_version=app_version, wrapped=key)
@@ -323,7 +324,7 @@ def restore_backup(config: Config, src: Path, *, force: bool = False) -> Restore
             f"knows {migrations.HEAD} and earlier. Restore it with that version or a newer one."
         )
     directory = config.data_dir
-    with hold(directory, f"a restore of {src}"):
+    with hold(directory, f"a restore of {src}"), hold(directory, f"a restore of {src}", lock=COMMANDS_LOCK):
         unfinished = directory / RESTORING
         resumed = unfinished.exists()
         old = [path for path in directory.iterdir() if path.name not in _NOT_DATA and not _is_ours(path)]
@@ -335,11 +336,16 @@ def restore_backup(config: Config, src: Path, *, force: bool = False) -> Restore
         incoming = directory / f"{DATABASE}.restoring"
         for path in (incoming, *_logs(incoming)):
             path.unlink(missing_ok=True)
-        _copy_checked(source, incoming, manifest)
         key_file, keys_from = _key_file_for(config, src, manifest)
-        check_integrity(incoming)
-        open_sample(incoming, key_file)
-        streams = _new_epochs(incoming)
+        try:
+            _copy_checked(source, incoming, manifest)
+            check_integrity(incoming)
+            open_sample(incoming, key_file)
+            streams = _new_epochs(incoming)
+        except BaseException:
+            for path in (incoming, *_logs(incoming)):
+                path.unlink(missing_ok=True)
+            raise
         aside = _unused(directory, f"before-restore-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
         _exchange(directory, incoming, aside)
         placed = None
@@ -384,7 +390,6 @@ def _copy_checked(source: Path, target: Path, manifest: Manifest) -> None:
         writer.flush()
         os.fsync(writer.fileno())
     if digest.hexdigest() != manifest.database_sha256:
-        target.unlink()
         raise BackupFailed(f"{source} is not what was backed up: its checksum differs. Use another backup.")
 
 

@@ -10,7 +10,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -20,6 +20,8 @@ from tidings.server.errors import TidingsError
 SERVER_LOCK: Final = "server.lock"
 # One rotation at a time: two would each retire what the other still needs.
 ROTATION_LOCK: Final = "rotation.lock"
+# Shared by commands that seal something; held alone by whoever must know that nobody is about to.
+COMMANDS_LOCK: Final = "commands.lock"
 # Stands while a restore exchanges the database; holds the name of the directory that the old one was moved to.
 RESTORING: Final = "restore.unfinished"
 # The note in a lock is one line; more is not ours.
@@ -59,6 +61,35 @@ def hold(data_dir: Path, note: str, *, lock: str = SERVER_LOCK) -> Iterator[None
             os.ftruncate(fd, 0)
     finally:
         os.close(fd)
+
+
+@contextmanager
+def share(data_dir: Path) -> Iterator[None]:
+    """Say that this process works on the data: a key that it may be about to use is not taken away meanwhile.
+
+    Waits for whoever holds the lock alone, which takes as long as rotating a key without a server. Raises OSError.
+    """
+    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fd = os.open(data_dir / COMMANDS_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def alone(data_dir: Path, note: str) -> Iterator[bool]:
+    """Whether no server and no other command has the data open; if so, none can open it until this ends."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(hold(data_dir, note))
+            held.enter_context(hold(data_dir, note, lock=COMMANDS_LOCK))
+        except DataDirInUse:
+            held.close()
+            yield False
+            return
+        yield True
 
 
 def check_restored(data_dir: Path) -> None:

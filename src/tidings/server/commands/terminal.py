@@ -28,7 +28,8 @@ def console(*, stderr: bool = True) -> Console:
     """A console for people: standard error, since standard output is for results. No colour where no terminal is."""
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False)
+    # Paths and commands are copied from what is said: they are never folded. Tables are.
+    return Console(stderr=stderr, highlight=False, soft_wrap=stderr)
 
 
 def progress() -> Progress:

@@ -28,6 +28,7 @@ from tidings.server.crypto.base import (
     KEY_BYTES,
     AppKeyNotLoaded,
     CryptoError,
+    RootKeyMissing,
     RootKeyProvider,
     Tampered,
     Wrapped,
@@ -360,6 +361,14 @@ class Keyring:
         if wrapped.root_kid == self._root.current_kid:
             return wrapped
         return self._wrap_app_key(app_id, wrapped.purpose, wrapped.version, self._unwrap_app_key(app_id, wrapped))
+
+    def check_root_key(self, kid: str) -> None:
+        """Refuse to store what was wrapped by a root key that has been retired meanwhile. Raises `RootKeyMissing`.
+
+        Called in the transaction that stores an app's key: retiring happens under the same lock.
+        """
+        if kid not in self._root.kids():
+            raise RootKeyMissing(kid, f"root key {kid} was retired at this moment: try again")
 
     def forget_app(self, app_id: str) -> None:
         """Drop all keys of an app from memory. Its `AppCipher` refuses from now on."""

@@ -58,6 +58,7 @@ class Connection(Peer):
         "header_token",
         "last_mark",
         "left_while_entering",
+        "sent_before",
         "session",
         "transport_paused",
         "typing",
@@ -77,6 +78,8 @@ class Connection(Peer):
         self.ended = False
         self.entering = False
         self.left_while_entering: set[int] = set()
+        # Of streams that the client has asked for again: how far they had been sent before.
+        self.sent_before: dict[int, int] = {}
         self.transport_paused = False
         self.last_mark = ""
         self.visible = False
@@ -330,7 +333,20 @@ class Connection(Peer):
         if self.session.state is State.OPEN:
             self.fell_behind()
 
+    def hold(self, stream: Stream) -> None:
+        """Send nothing more on the stream until its position is known."""
+        self.sent_before[stream.sid] = self.sent_up_to(stream)
+        self.behind[stream.sid] = None
+
+    def sent_up_to(self, stream: Stream) -> int:
+        """The highest seq of the stream that this device can have from here, or have had when it came."""
+        position = self.behind.get(stream.sid, stream.head)
+        if position is None:
+            return stream.head
+        return max(position, self.sent_before.get(stream.sid, 0))
+
     def unsubscribed(self, stream: Stream) -> None:
+        self.sent_before.pop(stream.sid, None)
         self.typing.pop(stream.sid, None)
         if self.entering:
             self.left_while_entering.add(stream.sid)

@@ -436,6 +436,7 @@ class Gateway:
             if position >= stream.head:
                 # Nothing is awaited between this comparison and the switch: what comes next is live.
                 del behind[sid]
+                connection.sent_before.pop(sid, None)
                 connection.send(encode(Synced(stream=stream.name, epoch=stream.epoch, seq=stream.head)))
                 continue
             handle = handles.get(sid)
@@ -575,7 +576,7 @@ class Gateway:
         for name in command.positions:
             stream = self.hub.listening(connection, name)
             if stream is not None:
-                connection.behind[stream.sid] = None
+                connection.hold(stream)
         refused = await self._resume(connection, actor, command.positions)
         streams = [name for name in command.positions if name not in refused]
         connection.send(encode(Syncing(ref=command.ref, streams=streams, refused=refused)))
@@ -605,8 +606,7 @@ class Gateway:
             if stream is None:
                 # Left meanwhile, or never theirs: there is nothing to acknowledge.
                 continue
-            sent = connection.behind.get(stream.sid)
-            bound = stream.head if sent is None else sent
+            bound = connection.sent_up_to(stream)
             if seq > bound:
                 raise Refusal(
                     "position_ahead",

@@ -77,10 +77,10 @@ class HttpConnection(Connection):
         self.readers = 0
         self.ended_with: Refusal | None = None
 
-    def write(self, data: bytes) -> None:
-        self._kept.append((self._next, data))
+    def write_one(self, payload: bytes) -> None:
+        self._kept.append((self._next, payload))
         self._next += 1
-        self._bytes += len(data)
+        self._bytes += len(payload)
         self._wake.set()
         if self._bytes > self.gateway.config.outbox_bytes_max:
             self.pause()

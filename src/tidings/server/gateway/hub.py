@@ -36,7 +36,7 @@ class Peer:
 
     __slots__ = ("__weakref__", "app", "behind", "device", "id", "out", "own", "paused", "streams", "user")
 
-    # Whether `write` takes WebSocket frames or bare payloads.
+    # Whether `write` takes joined frames; else every payload goes to `write_one`.
     framed = True
 
     def __init__(self, id: str) -> None:
@@ -44,8 +44,8 @@ class Peer:
         self.app = 0
         self.user = ""
         self.device = ""
-        # Frames of this tick, joined into one write at its end.
-        self.out: list[bytes] = []
+        # Payloads of this tick with their frames, written at its end: one alone by `write_one`, more joined by `write`.
+        self.out: list[tuple[bytes, bytes]] = []
         # True while the transport holds more than it should: nothing more is given to it.
         self.paused = False
         # Streams this peer is not live on -> how far it has been sent; None until the client says what it has.
@@ -54,7 +54,11 @@ class Peer:
         self.own: Stream | None = None
 
     def write(self, data: bytes) -> None:
-        """Hand bytes to the transport. Must not raise and must not block."""
+        """Hand frames to the transport. Must not raise and must not block."""
+        raise NotImplementedError
+
+    def write_one(self, payload: bytes) -> None:
+        """Hand one payload to the transport, which frames it. Must not raise and must not block."""
         raise NotImplementedError
 
     def fell_behind(self) -> None:
@@ -170,7 +174,7 @@ class Hub:
             if not self._dirty:
                 self._loop.call_soon(self.flush)
             self._dirty.append(peer)
-        peer.out.append(frame(payload) if peer.framed else payload)
+        peer.out.append((payload, frame(payload)))
 
     def flush(self) -> None:
         """Write what has collected, one write per peer."""
@@ -180,15 +184,17 @@ class Hub:
             out = peer.out
             if not out:
                 continue
-            frames += len(out)
-            if peer.framed:
-                data = out[0] if len(out) == 1 else b"".join(out)
-                out.clear()
-                peer.write(data)
+            count = len(out)
+            frames += count
+            if count == 1:
+                # The common case: the transport writes it to the socket at once, header and all.
+                peer.write_one(out[0][0])
+            elif peer.framed:
+                peer.write(b"".join([framed for _, framed in out]))
             else:
-                for payload in out:
-                    peer.write(payload)
-                out.clear()
+                for payload, _ in out:
+                    peer.write_one(payload)
+            out.clear()
         if self._on_flush is not None:
             self._on_flush(len(dirty), frames)
 
@@ -238,7 +244,7 @@ class Hub:
             return
         stream.head = seq
         peers = stream.peers
-        framed = frame(notice.payload)
+        entry = (notice.payload, frame(notice.payload))
         dirty = self._dirty
         if not dirty and peers:
             self._loop.call_soon(self.flush)
@@ -253,7 +259,7 @@ class Hub:
             out = peer.out
             if not out:
                 dirty.append(peer)
-            out.append(framed if peer.framed else notice.payload)
+            out.append(entry)
             delivered += 1
         self.deliveries += delivered
 
@@ -281,7 +287,7 @@ class Hub:
             peers: Iterable[Peer] = stream.peers
         else:
             peers = self.users.get((notice.app, notice.user or ""), ())
-        framed = frame(notice.payload)
+        entry = (notice.payload, frame(notice.payload))
         dirty = self._dirty
         for peer in peers:
             # Best effort: a slow peer does without.
@@ -291,7 +297,7 @@ class Hub:
                 if not dirty:
                     self._loop.call_soon(self.flush)
                 dirty.append(peer)
-            peer.out.append(framed if peer.framed else notice.payload)
+            peer.out.append(entry)
 
     def _access_changed(self, notice: AccessChanged) -> None:
         if notice.user is not None:

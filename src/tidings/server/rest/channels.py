@@ -104,6 +104,7 @@ async def delete(call: Call[None, None]) -> None:
     "Hide, archive or mute for oneself",
     reply=Channel,
     body=MembershipUpdate,
+    problems=("conflict",),
 )
 async def set_membership(call: Call[None, MembershipUpdate]) -> Channel:
     """The caller's own side of a channel; nobody else sees it."""

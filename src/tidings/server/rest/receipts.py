@@ -20,7 +20,7 @@ _CHANNEL: Final = "/v1/channels/{channel}"
     "Mark as read",
     reply=Unread,
     body=ReadMark,
-    problems=("position_ahead", "feature_off"),
+    problems=("position_ahead", "conflict"),
 )
 async def read(call: Call[None, ReadMark]) -> Unread:
     """Everything up to and including `seq`. Positions never go back."""
@@ -34,7 +34,7 @@ async def read(call: Call[None, ReadMark]) -> Unread:
     "Mark as unread",
     reply=Unread,
     body=ReadMark,
-    problems=("position_ahead",),
+    problems=("position_ahead", "conflict"),
 )
 async def mark_unread(call: Call[None, ReadMark]) -> Unread:
     """Counts everything from the message at `seq` on as unread until the channel is read again."""

@@ -171,6 +171,7 @@ class Admin:
                     raise taken
                 app = int(row[0])
                 for key in keys:
+                    self._keyring.check_root_key(key.root_kid)
                     await tx.execute(
                         "INSERT INTO app_keys(app,purpose,version,root_kid,wrapped,created_at) VALUES (?,?,?,?,?,?)",
                         app,

@@ -25,6 +25,8 @@ class Action(StrEnum):
     APP_UPDATED = "app.updated"
     KEY_CREATED = "key.created"
     KEY_REVOKED = "key.revoked"
+    APP_KEY_ROTATED = "app_key.rotated"
+    APP_KEY_RETIRED = "app_key.retired"
     SIGNING_KEY_CREATED = "signing_key.created"
     SIGNING_KEY_RETIRED = "signing_key.retired"
     PROVIDER_CREATED = "identity_provider.created"

@@ -45,9 +45,13 @@ P = Permission
 _SEND: Final = bit(P.MESSAGE_SEND)
 
 _ROW: Final = (
-    "m.seq,m.id,m.sender,m.at,m.content_seq,m.flags,m.edits,m.deleted_at,m.deleted_by,e.item,e.sealed,e.redacted"
+    "m.seq,m.id,m.sender,m.at,m.content_seq,m.flags,m.edits,m.deleted_at,m.deleted_by,coalesce(e.item,m.id),"
+    "coalesce(e.sealed,m.sealed),m.redacted"
 )
-_FROM: Final = " FROM messages m JOIN events e ON e.app=m.app AND e.sid=m.sid AND e.seq=m.content_seq"
+_FROM: Final = (
+    " FROM messages m LEFT JOIN events e"
+    " ON m.content_seq<>m.seq AND e.app=m.app AND e.sid=m.sid AND e.seq=m.content_seq"
+)
 
 
 class Draft(msgspec.Struct, frozen=True, kw_only=True):
@@ -499,7 +503,7 @@ class Messages:
             if row.sender != actor.user or row.deleted_at is not None:
                 access.check(P.MESSAGE_VERSIONS)
             logged = await tx.all(
-                "SELECT seq,at,by,item,sealed FROM events WHERE app=? AND sid=? AND seq=? UNION ALL"
+                "SELECT seq,at,sender,id,sealed FROM messages WHERE app=? AND sid=? AND seq=? UNION ALL"
                 " SELECT seq,at,by,item,sealed FROM events WHERE app=? AND sid=? AND ref=?"
                 " AND type='message.updated' ORDER BY 1",
                 channel.app,
@@ -518,7 +522,7 @@ class Messages:
                     MessageVersion(
                         version=version,
                         at=time_of(at),
-                        by=by,
+                        by=None if by == BACKEND else by,
                         text=body.text,
                         mentions=body.mentions,
                         mention_all=body.mention_all,
@@ -666,7 +670,7 @@ async def redact_messages(
     change = "redacted=2, sealed=NULL" if hard else "redacted=1"
     for seq, message_id in targets:
         await tx.execute(
-            f"UPDATE events SET {change} WHERE app=? AND sid=? AND seq=?",
+            f"UPDATE messages SET {change} WHERE app=? AND sid=? AND seq=?",
             app,
             sid,
             seq,

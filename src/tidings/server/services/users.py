@@ -106,10 +106,11 @@ def open_profile(app: AppContext, row: UserRow) -> Profile:
     """Name, avatar and custom data of a user who is not deleted."""
     if row.sealed is None:
         return Profile()
-    return msgspec.json.decode(app.cipher.open(row.sealed, _item(row.id)), type=Profile)
+    return msgspec.json.decode(app.cipher.open(row.sealed, user_item(row.id)), type=Profile)
 
 
-def _item(user: str) -> bytes:
+def user_item(user: str) -> bytes:
+    """What a user's profile is bound to under the app's key."""
     return b"user:" + user.encode()
 
 
@@ -633,7 +634,7 @@ class Users:
         """Remember a device that connects. Beyond `DEVICES_PER_USER_MAX` the one unseen for longest is forgotten with
         its positions."""
         now = self._clock.now_ms()
-        sealed = None if device.name is None else app.cipher.seal(device.name.encode(), _device_item(user, device.id))
+        sealed = None if device.name is None else app.cipher.seal(device.name.encode(), device_item(user, device.id))
 
         async def unit(tx: Tx) -> None:
             await tx.execute(
@@ -679,7 +680,7 @@ class Users:
                     id=id,
                     user=user_id,
                     platform=platform,
-                    name=None if sealed is None else app.cipher.open(sealed, _device_item(user_id, id)).decode(),
+                    name=None if sealed is None else app.cipher.open(sealed, device_item(user_id, id)).decode(),
                     created_at=time_of(created_at),
                     last_seen_at=time_of(last_seen_at),
                 )
@@ -719,7 +720,7 @@ class Users:
             user,
             stream.sid,
             role,
-            app.cipher.seal(encode(profile), _item(user)),
+            app.cipher.seal(encode(profile), user_item(user)),
             encode(labels).decode(),
             now,
             now,
@@ -766,7 +767,7 @@ class Users:
             row.id,
             row.sid,
             role,
-            row.sealed if new == old else app.cipher.seal(encode(new), _item(row.id)),
+            row.sealed if new == old else app.cipher.seal(encode(new), user_item(row.id)),
             encode(labels).decode(),
             row.created_at,
             now,
@@ -838,7 +839,8 @@ def _job_name(app: int, user: str) -> str:
     return f"{DELETING}{app}:{user}"
 
 
-def _device_item(user: str, device: str) -> bytes:
+def device_item(user: str, device: str) -> bytes:
+    """What a device's name is bound to under the app's key."""
     return f"device:{user}/{device}".encode()
 
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
+from typing import Any, Final
 
-from .base import Row, Tx
+from .base import BACKEND, Row, Tx
+
+MESSAGE_CREATED: Final = "message.created"
+
+_by_seq = attrgetter("seq")
 
 _STREAM = (
     "sid, app, kind, ref, epoch, head, counted, messages, floor, moved_at, last_message_at, access_version,"
@@ -135,7 +140,10 @@ async def touch_access(tx: Tx, sid: int) -> int:
 
 
 async def events_after(tx: Tx, app: int, sid: int, after: int, limit: int) -> list[EventRow]:
-    """Up to `limit` events with seq > `after`, in order."""
+    """Up to `limit` events with seq > `after`, in order.
+
+    Messages are events and rows of their own table at once: both are read, and merged by seq.
+    """
     rows: list[Row] = await tx.all(
         "SELECT seq,type,at,by,ref,item,sealed,redacted FROM events WHERE app=? AND sid=? AND seq>?"
         " ORDER BY seq LIMIT ?",
@@ -144,7 +152,20 @@ async def events_after(tx: Tx, app: int, sid: int, after: int, limit: int) -> li
         after,
         limit,
     )
-    return [EventRow(*row) for row in rows]
+    created: list[Row] = await tx.all(
+        "SELECT seq,sender,at,id,sealed,redacted FROM messages WHERE app=? AND sid=? AND seq>? ORDER BY seq LIMIT ?",
+        app,
+        sid,
+        after,
+        limit,
+    )
+    events = [EventRow(*row) for row in rows]
+    events += [
+        EventRow(seq, MESSAGE_CREATED, at, None if sender == BACKEND else sender, id, id, sealed, redacted)
+        for seq, sender, at, id, sealed, redacted in created
+    ]
+    events.sort(key=_by_seq)
+    return events[:limit]
 
 
 async def write_audit(

@@ -368,9 +368,8 @@ _KEYS = (
     ") SELECT m.sid, m.sender, m.key, m.id, m.seq, m.at, m.digest FROM v CROSS JOIN messages m"
     " ON m.app=v.app AND m.sid=v.sid AND m.sender=v.sender AND m.key=v.key",
 )
-_EVENTS = ("INSERT INTO events(app,sid,seq,type,at,by,ref,item,sealed) VALUES ", "")
 _MESSAGES = (
-    "INSERT INTO messages(app,sid,seq,id,sender,key,digest,content_seq,counted,flags,reply_to,at) VALUES ",
+    "INSERT INTO messages(app,sid,seq,id,sender,key,digest,content_seq,counted,flags,reply_to,at,sealed) VALUES ",
     "",
 )
 _OUTBOX = ("INSERT INTO outbox(app,sid,seq,type) VALUES ", "")
@@ -403,7 +402,6 @@ def append_batch(connection: sqlite3.Connection, items: list[Append]) -> list[tu
         for row in _read_rows(connection, *_KEYS, [(item.app, item.sid, item.sender, item.key) for item in items])
     }
     outcomes: list[tuple[Append, Any]] = []
-    events: list[tuple[Any, ...]] = []
     messages: list[tuple[Any, ...]] = []
     outbox: list[tuple[Any, ...]] = []
     mentions: list[tuple[Any, ...]] = []
@@ -436,9 +434,22 @@ def append_batch(connection: sqlite3.Connection, items: list[Append]) -> list[tu
         counted = head[1]
         app, sender, message_id, at = item.app, item.sender, item.message_id, item.at
         by = None if sender[0] == "!" else sender
-        events.append((app, sid, seq, "message.created", at, by, message_id, message_id, item.sealed))
         messages.append(
-            (app, sid, seq, message_id, sender, item.key, item.digest, seq, counted, item.flags, item.reply_to, at)
+            (
+                app,
+                sid,
+                seq,
+                message_id,
+                sender,
+                item.key,
+                item.digest,
+                seq,
+                counted,
+                item.flags,
+                item.reply_to,
+                at,
+                item.sealed,
+            )
         )
         outbox.append((app, sid, seq, "message.created"))
         if item.mentions:
@@ -450,8 +461,7 @@ def append_batch(connection: sqlite3.Connection, items: list[Append]) -> list[tu
             senders[(app, sid, by)] = (seq, counted, at)
         known[key] = (message_id, seq, at, item.digest)
         outcomes.append((item, Appended(message_id, seq, at)))
-    if events:
-        _write_rows(connection, *_EVENTS, events)
+    if messages:
         _write_rows(connection, *_MESSAGES, messages)
         _write_rows(connection, *_OUTBOX, outbox)
         if mentions:

@@ -270,8 +270,9 @@ members = Table(
     sqlite_with_rowid=False,
 )
 
-# The log. `item` names the row in the associated data of `sealed` (a message's version, a change's id).
-# `redacted`: 1 hidden by a deletion, 2 destroyed.
+# The log, but for the events `message.created`: those are the rows of `messages`, so that an append writes one row,
+# and readers merge the two by seq. `item` names the row in the associated data of `sealed` (a message's version, a
+# change's id). `redacted`: 1 hidden by a deletion, 2 destroyed.
 events = Table(
     "events",
     metadata,
@@ -299,6 +300,7 @@ Index(
     postgresql_where=events.c.type == "message.updated",
 )
 
+# One row is the event `message.created` and the message. `sealed`: as it was created, item: its id.
 messages = Table(
     "messages",
     metadata,
@@ -310,7 +312,7 @@ messages = Table(
     _text("key"),
     # Keyed fingerprint of what was sent: tells a retry from another body under the same key.
     _blob("digest"),
-    # The event that holds the current content.
+    # The event that holds the current content: its own, or its last `message.updated`.
     _int("content_seq"),
     # How many counted messages stand at or before this one.
     _int("counted"),
@@ -323,6 +325,8 @@ messages = Table(
     _text("edited_by", null=True),
     _int("deleted_at", null=True),
     _text("deleted_by", null=True),
+    _blob("sealed", null=True),
+    _int("redacted", default="0"),
     PrimaryKeyConstraint("app", "sid", "seq"),
     # Ids sort by time, so that new ones share a page at the right edge; with the stream in front every message
     # would dirty a page of its own (a third of the cost of an append).

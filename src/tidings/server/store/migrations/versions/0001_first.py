@@ -207,6 +207,8 @@ def upgrade() -> None:
         sa.Column("edited_by", sa.Text(), nullable=True),
         sa.Column("deleted_at", sa.BigInteger(), nullable=True),
         sa.Column("deleted_by", sa.Text(), nullable=True),
+        sa.Column("sealed", sa.LargeBinary(), nullable=True),
+        sa.Column("redacted", sa.BigInteger(), server_default="0", nullable=False),
         sa.PrimaryKeyConstraint("app", "sid", "seq"),
         sqlite_with_rowid=False,
     )

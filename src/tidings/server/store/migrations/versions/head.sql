@@ -178,6 +178,8 @@ CREATE TABLE messages (
 	edited_by TEXT,
 	deleted_at BIGINT,
 	deleted_by TEXT,
+	sealed BLOB,
+	redacted BIGINT DEFAULT '0' NOT NULL,
 	PRIMARY KEY (app, sid, seq)
 )
  WITHOUT ROWID
