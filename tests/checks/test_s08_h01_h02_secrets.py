@@ -1,7 +1,8 @@
-"""Nothing readable where it does not belong: at rest, in logs, errors, metrics and addresses; nor believed when moved."""
+"""Nothing readable where it does not belong: at rest, in logs, errors, metrics; nor believed when it was moved."""
 
 from __future__ import annotations
 
+import base64
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -23,8 +24,6 @@ def forms(text: str) -> Iterator[bytes]:
     yield text.encode("utf-16-be")
     yield text.encode().hex().encode()
     yield text[::-1].encode()
-    import base64
-
     for shift in range(3):
         # The middle of a Base64 text does not depend on what stands around it, but on where it begins.
         encoded = base64.b64encode(b"\0" * shift + text.encode())
@@ -140,8 +139,6 @@ async def test_s8_no_token_and_no_content_in_logs_errors_metrics_and_addresses(t
         assert CANARY not in logs
         assert len(said) >= 15
         for text in said:
-            assert CANARY not in text or f'"{CANARY}"' in text, text
-        for text in said:
             assert CANARY not in text, f"an error repeats content: {text[:300]}"
 
 
@@ -150,7 +147,7 @@ def _alter(database: Path, statement: str, *values: object) -> None:
         assert connection.execute(statement, values).rowcount == 1
 
 
-@pytest.mark.parametrize("damage", ["flip", "swap", "swap-channel", "older-version"])
+@pytest.mark.parametrize("damage", ["flip", "swap", "swap-channel", "truncated"])
 async def test_h2_moved_or_edited_ciphertext_is_refused(tmp_path: Path, damage: str) -> None:
     async with open_house(tmp_path) as house:
         await house.users("ann")
@@ -160,17 +157,17 @@ async def test_h2_moved_or_edited_ciphertext_is_refused(tmp_path: Path, damage: 
             for number in range(2):
                 await ann.send(channel, f"{channel} {number}", key=f"k{number}")
         sids = [house.sid(channel) for channel in (here, there)]
-        sealed = dict(house.sql("SELECT seq, sealed FROM events WHERE sid=? AND type='message.created'", sids[0]))
+        sealed = dict(house.sql("SELECT seq, sealed FROM messages WHERE sid=?", sids[0]))
         first, second = sorted(sealed)
-        other = house.sql("SELECT sealed FROM events WHERE sid=? AND seq=?", sids[1], first)[0][0]
+        other = house.sql("SELECT sealed FROM messages WHERE sid=? AND seq=?", sids[1], first)[0][0]
         await house.server.terminate()
         bad = {
             "flip": bytes([*sealed[first][:-20], sealed[first][-20] ^ 1, *sealed[first][-19:]]),
             "swap": sealed[second],
             "swap-channel": other,
-            "older-version": sealed[first][:-1],
+            "truncated": sealed[first][:-1],
         }[damage]
-        _alter(house.database, "UPDATE events SET sealed=? WHERE sid=? AND seq=?", bad, sids[0], first)
+        _alter(house.database, "UPDATE messages SET sealed=? WHERE sid=? AND seq=?", bad, sids[0], first)
         await house.server.start()
         async with httpx.AsyncClient(base_url=house.server.url) as http:
             headers = {"Authorization": f"Bearer {house.token('ann')}"}

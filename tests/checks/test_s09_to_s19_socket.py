@@ -165,7 +165,7 @@ class Anything:
 
     def junk(self) -> Any:
         return self._rng.choice(
-            [None, True, -1, 2**63, 2**200, 1.5, "", "\u0000", "\ud83d\ude00" * 50, [], {}, [[]], {"": {}}, "x" * 5000]
+            [None, True, -1, 2**63, 2**200, 1.5, "", "\u0000", "\U0001f600" * 50, [], {}, [[]], {"": {}}, "x" * 5000]
         )
 
     def value(self, schema: dict[str, Any], name: str = "", depth: int = 0) -> Any:
