@@ -105,4 +105,11 @@ async def test_d5_a_reader_with_a_cursor_never_skips_however_long_commits_take(
         done.set()
         for seen in await asyncio.gather(*readers):
             assert_gapless(seen, 1, final(), "a reader with a cursor")
+        # The same by small pages: what one page leaves out begins the next one.
+        paged: list[int] = []
+        while len(paged) < final():
+            page = await services.sync.events(backend, "c", paged[-1] if paged else 0, None, 7)
+            assert page.events, f"nothing comes after {paged[-1]}"
+            paged += [seq for seq, _ in page.events]
+        assert_gapless(paged, 1, final(), "pages of seven")
         assert channel.id == "c"
