@@ -355,6 +355,14 @@ MUTANTS: list[Mutant] = [
         tests=["tests/checks/test_d10_to_d16_resume.py", "-k", "test_d15_"],
     ),
     Mutant(
+        check="D16",
+        why="commands run before anybody has said who they are",
+        file="src/tidings/server/gateway/session.py",
+        old='        if not isinstance(command, Connect):\n            return self._close(Refusal("unauthenticated"',
+        new='        if isinstance(command, Ping):\n            return self._close(Refusal("unauthenticated"',
+        tests=["tests/checks/test_d10_to_d16_resume.py", "-k", "test_d16_"],
+    ),
+    Mutant(
         check="D17",
         why="a dead peer is kept for twenty heartbeats",
         file="src/tidings/server/gateway/session.py",
@@ -452,10 +460,10 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         check="replay",
-        why="the SDK shows what it has shown before",
-        file="src/tidings/client/client.py",
-        old="        if seq != stream.received + 1:",
-        new="        if seq > stream.received + 1:",
+        why="the SDK makes a new key for every attempt",
+        file="src/tidings/client/outbox.py",
+        old="ref = self._transmit(outgoing.command, ",
+        new="ref = self._transmit(msgspec.structs.replace(outgoing.command, key=f'{outgoing.key}{now}'), ",
         tests=["tests/replay", "-k", "sample"],
     ),
 ]
