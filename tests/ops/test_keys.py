@@ -79,7 +79,7 @@ async def test_keys_rotate_under_load_without_a_failed_read_or_send(place: Place
                 assert all(device.name == "Phone" for device in await services.users.devices(actor, "bob"))
                 await services.channels.create(actor, ChannelCreate(id=f"c-{number}", members=["alice"], name="n"))
                 # A few dozen changes a second are load enough, and leave the other process its half of the machine.
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.01)  # why: bounds the load
                 # As the running server does once a second when another process has written.
                 if number % 10 == 9 and await services.store.changed_elsewhere():
                     services.access.forget_all()
@@ -120,7 +120,7 @@ async def test_a_killed_rotation_goes_on_where_it_stopped(place: Place) -> None:
     async with asyncio.timeout(40):
         while not rows(place, "SELECT 1 FROM streams WHERE key_app_version=2 LIMIT 1"):
             assert process.returncode is None
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.001)  # why: between two looks at the condition
     process.kill()
     await process.wait()
     assert behind(place, 2) > 0

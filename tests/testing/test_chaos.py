@@ -68,7 +68,7 @@ async def connect(proxy: ChaosProxy) -> Client:
 async def wait_until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while not condition():
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.005)  # why: polls a condition
 
 
 async def is_silent(client: Client, seconds: float = 0.1) -> bool:
@@ -108,7 +108,7 @@ async def test_latency_does_not_cost_throughput_or_order(proxy: ChaosProxy) -> N
         part = b"%03d" % number
         client.writer.write(part)
         await client.writer.drain()
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(0.001)  # why: polls a condition
         sent += part
     assert await asyncio.wait_for(client.reader.readexactly(len(sent)), PATIENCE_S) == sent
     assert time.monotonic() - began < 30 * 0.2

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated import CHANNEL, EPOCH, MILLISECOND, World, good_history
 
+from tests.testing.simulated import CHANNEL, EPOCH, MILLISECOND, World, good_history
 from tidings.testing.checker import FINDINGS_PER_KIND_MAX, KINDS, check, check_files
 from tidings.testing.history import (
     BadHistory,

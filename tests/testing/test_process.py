@@ -71,7 +71,7 @@ def is_alive(pid: int) -> bool:
 async def wait_until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while not condition():
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # why: polls a condition
 
 
 async def ask(server: ServerProcess, path: str = "/") -> str:

@@ -13,6 +13,7 @@ delayed, held or cut off, never lost in the middle, changed or reordered.
 """
 
 import asyncio
+import contextlib
 import random
 import socket
 import struct
@@ -96,8 +97,10 @@ class _Flow:
     def end(self) -> None:
         if not self.ended:
             self.ended = True
-            if self.writer.can_write_eof():
-                self.writer.write_eof()
+            # uvloop raises RuntimeError for a transport that was cut meanwhile.
+            with contextlib.suppress(RuntimeError):
+                if self.writer.can_write_eof():
+                    self.writer.write_eof()
 
 
 class _Link:
@@ -245,12 +248,12 @@ class ChaosProxy:
 
     async def _run(self, link: _Link) -> None:
         pumps = [
-            asyncio.create_task(work)
+            asyncio.create_task(work)  # owned by this method: gathered below
             for flow in (link.up, link.down)
             for work in (self._receive(link, flow), self._forward(link, flow))
         ]
-        ending = asyncio.create_task(self._wait_cut(link))
-        watchers = [ending, asyncio.create_task(self._cut_at_random(link))]
+        ending = asyncio.create_task(self._wait_cut(link))  # owned by this method: waited for below
+        watchers = [ending, asyncio.create_task(self._cut_at_random(link))]  # owned by this method: cancelled below
         through = asyncio.gather(*pumps)
         try:
             waiting: set[asyncio.Future[Any]] = {through, ending}

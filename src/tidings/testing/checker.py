@@ -30,7 +30,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Literal, assert_never, get_args
+from typing import assert_never
 
 import msgspec
 
@@ -68,20 +68,8 @@ from tidings.testing.history import (
     body_digest,
     read_entries,
 )
-
-Kind = Literal[
-    "lost",
-    "doubled",
-    "reordered",
-    "gap",
-    "phantom",
-    "leaked",
-    "receipt_back",
-    "diverged",
-    "altered",
-    "own_writes",
-]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+from tidings.testing.spans import without
+from tidings.testing.verdict import KINDS, Finding, Kind, Verdict
 
 # A loopback socket's buffer plus a busy test program: two seconds is far more than either needs, and far less
 # than it takes to notice a subscription that survived its member.
@@ -92,52 +80,6 @@ FINDINGS_PER_KIND_MAX = 50
 
 _NEVER = float("inf")
 _ALWAYS = float("-inf")
-
-
-class Finding(msgspec.Struct, frozen=True):
-    """One broken promise, with the lines of the log that show it."""
-
-    kind: Kind
-    channel: str
-    what: str
-    entries: tuple[Entry | LogEvent, ...]
-
-
-class Verdict(msgspec.Struct, frozen=True):
-    """What `check` found. `counts` has every kind; `findings` keeps the first `FINDINGS_PER_KIND_MAX` of each.
-
-    `seen` says how much was looked at (entries, operations, acknowledged, channels, devices …): a verdict over
-    nothing is no verdict. `notes` names what could not be checked.
-    """
-
-    counts: dict[Kind, int]
-    findings: tuple[Finding, ...]
-    seen: dict[str, int]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def ok(self) -> bool:
-        return not any(self.counts.values())
-
-    @property
-    def broken(self) -> tuple[Kind, ...]:
-        """The kinds that were found, in the order of `KINDS`."""
-        return tuple(kind for kind in KINDS if self.counts[kind])
-
-    def render(self, *, examples: int = 5) -> str:
-        """Plain text for a terminal or a test's failure message, with up to `examples` findings of each kind."""
-        lines = ["ok: nothing broken" if self.ok else "BROKEN: " + ", ".join(self.broken)]
-        lines.append("looked at " + ", ".join(f"{number} {what}" for what, number in self.seen.items()))
-        lines.append("  ".join(f"{kind} {self.counts[kind]}" for kind in KINDS))
-        lines.extend(f"note: {note}" for note in self.notes)
-        for kind in self.broken:
-            found = [finding for finding in self.findings if finding.kind == kind]
-            for finding in found[:examples]:
-                lines.append(f"\n{kind} in {finding.channel or '(no channel)'}: {finding.what}")
-                lines.extend(f"    {entry}" for entry in finding.entries)
-            if self.counts[kind] > examples:
-                lines.append(f"\n… and {self.counts[kind] - min(examples, len(found))} more {kind}")
-        return "\n".join(lines)
 
 
 def check(
@@ -827,7 +769,7 @@ class _Checker:
         log = self._logs.get(view.channel)
         away = log.away(view.user) if log is not None and view.epoch in ("", log.epoch) else []
         for first, last, before, after in view.holes:
-            for start, end in _without(first, last, away):
+            for start, end in without(first, last, away):
                 what = f"{view.device} of {view.user} was never shown {_range(start, end)}"
                 self._find("gap", view.channel, what, *_known(before), after)
         view.holes = []
@@ -849,7 +791,7 @@ class _Checker:
             self._find("diverged", final.channel, f"{final.device} ended at {final.position} of {log.head}", final)
             return
         if view is not None and view.last is not None and view.last < final.position:
-            for start, end in _without(view.last + 1, final.position, away):
+            for start, end in without(view.last + 1, final.position, away):
                 self._find_unseen(final, view, start, end)
         if member and final.state:
             if final.channel not in folds:
@@ -915,23 +857,6 @@ def _known(entry: Observe | None) -> tuple[Observe, ...]:
 
 def _range(start: int, end: int) -> str:
     return f"event {start}" if start == end else f"events {start} to {end}"
-
-
-def _without(first: int, last: int, away: list[tuple[float, float]]) -> Iterator[tuple[int, int]]:
-    """The parts of first..last (ends included) outside the ascending ranges `away`."""
-    start = first
-    for low, high in away:
-        if high < start:
-            continue
-        if low > last:
-            break
-        if start < low:
-            yield start, int(low) - 1
-        if high == _NEVER:
-            return
-        start = max(start, int(high) + 1)
-    if start <= last:
-        yield start, last
 
 
 def _widen(

@@ -369,9 +369,11 @@ async def _set_up(
     new = await core.services.admin.create_app("Demo", via="demo")
     server = Server(config, core)
     started = asyncio.Event()
-    serving = asyncio.ensure_future(server.serve(ready=started.set))
+    # owned by the stack: `_stop` ends it and hears how.
+    serving = asyncio.ensure_future(server.serve(ready=started.set))  # owned by the exit stack, which awaits it
     stack.push_async_callback(_stop, serving)
-    await _first(asyncio.ensure_future(started.wait()), serving)
+    # owned by `_first`, which waits for it or cancels it.
+    await _first(asyncio.ensure_future(started.wait()), serving)  # owned by _first
     # The server has taken Ctrl-C for itself. Here it ends the story, and with it the server.
     story = asyncio.current_task()
     assert story is not None

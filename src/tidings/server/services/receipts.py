@@ -92,8 +92,8 @@ class Receipts:
         async def unit(tx: Tx) -> list[tuple[int, str, int, int]]:
             moved = []
             for (app, sid, user), seq in sorted(delivered.items()):
-                # Another device of theirs may be further, and reading moves the position, too: what is told is the
-                # row, and only when it has moved.
+                # Another device of theirs may be further, and reading and sending move the position, too: what is
+                # told is the row.
                 row = await tx.one(
                     "UPDATE members SET delivered=? WHERE app=? AND sid=? AND user=? AND delivered<?"
                     " RETURNING delivered, read",
@@ -103,6 +103,13 @@ class Receipts:
                     user,
                     seq,
                 )
+                if row is None:
+                    row = await tx.one(
+                        "SELECT m.delivered, m.read FROM members m WHERE m.app=? AND m.sid=? AND m.user=?",
+                        app,
+                        sid,
+                        user,
+                    )
                 if row is not None:
                     moved.append((sid, user, row[0], row[1]))
             if devices:
@@ -134,10 +141,13 @@ class Receipts:
 
     def _announce(self) -> None:
         told, self._told = self._told, {}
-        names, self._names = self._names, {}
+        names = self._names
+        # What was acknowledged while this was being written is told next time, and needs its channel's name then.
+        waiting = {sid for _, sid, _ in self._delivered}
+        self._names = {sid: name for sid, name in names.items() if sid in waiting}
         for sid, users in told.items():
-            app, channel = names.get(sid, (0, ""))
-            if not channel or len(users) > RECEIPTS_MEMBERS_MAX:
+            app, channel = names[sid]
+            if len(users) > RECEIPTS_MEMBERS_MAX:
                 continue
             receipts = [Receipt(user=user, delivered=seqs[0], read=seqs[1]) for user, seqs in users.items()]
             self._bus.publish(Signal(app, encode(ReceiptsSignal(channel=channel, receipts=receipts)), sid=sid))
