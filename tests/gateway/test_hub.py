@@ -138,9 +138,7 @@ async def test_a_deleted_channel_goes_silent_for_everyone(node: Node) -> None:
     alice = await node.connect("alice")
     await node.services.channels.delete(node.backend, "c")
     await alice.until(lambda: alice.of("channel.left"))
-    assert await node.sid_gone(alice) if hasattr(node, "sid_gone") else "c" not in {
-        stream.name for stream in alice.streams.values()
-    }
+    assert "c" not in {stream.name for stream in alice.streams.values()}
 
 
 async def test_a_sender_is_answered_before_their_own_event(node: Node) -> None:

@@ -45,9 +45,12 @@ class Connection(Peer):
     """One device's connection. Subclasses implement `write` and `end`."""
 
     __slots__ = (
+        "_again",
         "_busy",
         "_catching",
         "_pending",
+        "_sending",
+        "_settled",
         "_stale_actor",
         "actor",
         "address",
@@ -88,6 +91,11 @@ class Connection(Peer):
         self.watching: set[tuple[int, str]] = set()
         self._pending: deque[AnyCommand] = deque()
         self._busy = False
+        # Messages handed to the store whose outcome is not known yet; those that were overtaken by a change of the
+        # members and are to be sent again, in their order; and who waits for both to be none.
+        self._sending = 0
+        self._again: deque[SendMessage] = deque()
+        self._settled: asyncio.Future[None] | None = None
         self._catching: asyncio.Task[None] | None = None
         self._stale_actor = False
 
@@ -146,6 +154,8 @@ class Connection(Peer):
 
     def gone(self) -> None:
         """The transport has ended, by whomever."""
+        # Also tells a `connect` under way that there is nobody left to enter.
+        self.ended = True
         self.session.closed()
         self._pending.clear()
         if self._catching is not None:
@@ -168,13 +178,17 @@ class Connection(Peer):
         self._busy = True
         self.gateway.tasks.spawn(self._run(command), "command")
 
-    async def _run(self, command: AnyCommand) -> None:
+    async def _run(self, command: AnyCommand | None) -> None:
+        """Do a command that has to wait, or what is to be sent again, then what came meanwhile."""
         try:
             while True:
-                await self._execute(command)
+                if self._again or type(command) is SendMessage:
+                    await self._settle()
+                if command is not None:
+                    await self._execute(command)
+                    command = None
                 # What came meanwhile: hot commands go on without a task of their own.
-                self._busy = False
-                while self._pending and not self._busy and self.session.state is not State.CLOSED:
+                while self._pending and not self._again and self.session.state is not State.CLOSED:
                     following = self._pending.popleft()
                     kind = type(following)
                     if not self._stale_actor and (
@@ -183,11 +197,23 @@ class Connection(Peer):
                     ):
                         continue
                     command = following
-                    self._busy = True
-                if not self._busy:
+                    break
+                if command is None and not self._again:
                     return
         finally:
             self._busy = False
+
+    async def _settle(self) -> None:
+        """Wait until every message sent so far is stored or refused, the overtaken ones after another try.
+
+        A message that has to wait must not overtake those before it: the sender sees them in their order.
+        """
+        while self._sending or self._again:
+            if self._sending:
+                self._settled = asyncio.get_running_loop().create_future()
+                await self._settled
+            while self._again and not self._sending:
+                await self._execute(self._again.popleft())
 
     async def _execute(self, command: AnyCommand) -> None:
         ref = command.ref
@@ -230,12 +256,13 @@ class Connection(Peer):
         ref, channel = command.ref, command.channel
 
         def done(outcome: Appended | Exception) -> None:
+            self._sending -= 1
             if type(outcome) is Appended:
                 self.session.answered()
                 self.sent(ref, channel, outcome)
             elif isinstance(outcome, Stale):
                 self.gateway.access.forget_channel(actor.app.app, channel)
-                self.gateway.tasks.spawn(self._execute(command), "send again")
+                self._again.append(command)
             elif isinstance(outcome, Refusal):
                 self.session.answered()
                 self.refuse(outcome, ref)
@@ -243,6 +270,8 @@ class Connection(Peer):
                 self.session.answered()
                 log.error("append_failed", session=self.id, exc_info=outcome)
                 self.refuse(Refusal("internal", "Something went wrong on our side; it has been logged."), ref)
+            if not self._sending:
+                self._all_told()
 
         try:
             taken: bool = self.gateway.messages.send_now(actor, channel, draft_of(command), command.key, done)
@@ -250,7 +279,16 @@ class Connection(Peer):
             self.session.answered()
             self.refuse(refusal, ref)
             return True
+        self._sending += taken
         return taken
+
+    def _all_told(self) -> None:
+        """The store has answered everything that was handed to it."""
+        if self._settled is not None and not self._settled.done():
+            self._settled.set_result(None)
+        elif self._again and not self._busy:
+            self._busy = True
+            self.gateway.tasks.spawn(self._run(None), "send again")
 
     def _pong(self, ref: int | None) -> bool:
         self.session.answered()

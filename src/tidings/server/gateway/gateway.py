@@ -301,6 +301,10 @@ class Gateway:
         self._devices[(actor.app.app, actor.user, device.id)] = (actor.app, device)
         connection.granted, connection.actor = granted, actor
         connection.app, connection.user, connection.device = actor.app.app, actor.user, device.id
+        # A revocation that is announced while we read on must find out whether this token is meant.
+        connection.session.authorised(
+            expires_at=self._expiry(granted.expires_at_ms), issued_at_ms=granted.issued_at_ms, jti=granted.jti
+        )
         # From here on the hub tells us what changes; what it sends waits until the snapshot is in place.
         connection.entering = connection.paused = True
         self.hub.enter(connection)

@@ -186,6 +186,7 @@ class Session:
         if not isinstance(command, Connect):
             return self._close(Refusal("unauthenticated", "The first frame must be `connect`."), command.ref)
         self.state = State.CONNECTING
+        self.in_flight += 1
         return Run(command)
 
     def control(self, now: float) -> Close | None:
