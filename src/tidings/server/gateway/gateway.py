@@ -14,7 +14,7 @@ from tidings.server.clock import Clock, Ids
 from tidings.server.config import Config
 from tidings.server.domain.limits import Limiter
 from tidings.server.domain.permissions import Permission
-from tidings.server.errors import NotFound, Refusal
+from tidings.server.errors import NotFound, Refusal, StoreUnavailable
 from tidings.server.services import Services
 from tidings.server.services.access import Actor
 from tidings.server.services.apps import AppContext
@@ -76,6 +76,9 @@ log = get_logger(__name__)
 CATCH_UP_PAGE: Final = 500
 # Connections that read the log at the same time; the others wait, so that a reconnect storm shares the readers fairly.
 CATCH_UPS_MAX: Final = 8
+# How long a connection waits before it reads again from a store that is in trouble, seconds: everybody who is behind
+# asks again at that pace.
+CATCH_UP_RETRY_SECONDS: Final = 0.25
 # How often connections are looked at for silence and expiry, seconds: half the precision of the shortest limit.
 TICK_SECONDS: Final = 0.5
 # A typing signal per user and channel in this time; it is shown for TYPING_SHOWN_MS.
@@ -260,7 +263,7 @@ class Gateway:
         self.metrics.connections.dec()
         if connection.user:
             for sid in connection.typing:
-                self._typing_ended(connection, sid)
+                self.typing_ended(connection, sid)
             self.hub.exit(connection)
             self.presence.vanished(connection)
             key = (connection.app, connection.user, connection.device)
@@ -449,10 +452,19 @@ class Gateway:
                     assert connection.actor is not None
                     handle = handles[sid] = await self.sync.handle(connection.actor, stream.name)
                 except NotFound:
-                    behind.pop(sid, None)
+                    # Not theirs to read, or no more: neither from the log nor live.
+                    self.hub.leave(connection, sid)
                     continue
-            async with self._catch_ups:
-                page = await self.sync.read(handle, position, CATCH_UP_PAGE)
+            try:
+                async with self._catch_ups:
+                    page = await self.sync.read(handle, position, CATCH_UP_PAGE)
+            except NotFound:
+                self.hub.leave(connection, sid)
+                continue
+            except StoreUnavailable as refusal:
+                log.warning("catch_up_delayed", session=connection.id, code=refusal.code)
+                await asyncio.sleep(CATCH_UP_RETRY_SECONDS)
+                continue
             # The world has moved while we read: a removed member gets nothing of the page.
             if connection.streams.get(sid) is not stream or behind.get(sid) != position:
                 continue
@@ -646,7 +658,7 @@ class Gateway:
         if not command.on:
             if last is not None:
                 del connection.typing[sid]
-                self._typing_ended(connection, sid)
+                self.typing_ended(connection, sid)
             return
         if last is not None and now - last < TYPING_SECONDS:
             return
@@ -660,7 +672,8 @@ class Gateway:
             )
         )
 
-    def _typing_ended(self, connection: Connection, sid: int) -> None:
+    def typing_ended(self, connection: Connection, sid: int) -> None:
+        """Tell the channel that the connection's user types no more."""
         stream = self.hub.streams.get(sid)
         if stream is not None:
             self.bus.publish(
