@@ -403,7 +403,8 @@ class Connection(Peer):
 
     def unsubscribed(self, stream: Stream) -> None:
         self.sent_before.pop(stream.sid, None)
-        self.typing.pop(stream.sid, None)
+        if self.typing.pop(stream.sid, None) is not None:
+            self.gateway.typing_ended(self, stream.sid)
 
     def revoked(self, notice: Revoked) -> None:
         session = self.session

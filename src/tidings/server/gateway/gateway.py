@@ -278,7 +278,7 @@ class Gateway:
         self.metrics.connections.dec()
         if connection.user:
             for sid in connection.typing:
-                self._typing_ended(connection, sid)
+                self.typing_ended(connection, sid)
             self.hub.exit(connection)
             self.presence.vanished(connection)
             key = (connection.app, connection.user, connection.device)
@@ -687,7 +687,7 @@ class Gateway:
         if not command.on:
             if last is not None:
                 del connection.typing[sid]
-                self._typing_ended(connection, sid)
+                self.typing_ended(connection, sid)
             return
         if last is not None and now - last < TYPING_SECONDS:
             return
@@ -701,7 +701,8 @@ class Gateway:
             )
         )
 
-    def _typing_ended(self, connection: Connection, sid: int) -> None:
+    def typing_ended(self, connection: Connection, sid: int) -> None:
+        """Tell the channel that the connection's user types no more."""
         stream = self.hub.streams.get(sid)
         if stream is not None:
             self.bus.publish(

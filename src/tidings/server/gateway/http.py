@@ -116,7 +116,7 @@ class HttpConnection(Connection):
         """The client has everything up to `after`. Raises Refusal when it never got that."""
         if after >= self._next:
             raise Refusal("position_ahead", f"This session has sent {self._next - 1} frames.", field="after")
-        if self._kept and after < self._kept[0][0] - 1:
+        if after < (self._kept[0][0] if self._kept else self._next) - 1:
             raise Refusal("session_unknown", "Those frames are gone: open a new session.", field="after")
         while self._kept and self._kept[0][0] <= after:
             self._bytes -= len(self._kept.popleft()[1])
@@ -163,7 +163,9 @@ def http_routes(gateway: Gateway) -> list[Any]:
         connection = gateway.http_sessions.get(session)
         known = connection.actor if connection is not None else None
         granted = await gateway.services.auth.authenticate(
-            _bearer(request) or "", app_hint=None if known is None else known.app.id
+            _bearer(request) or "",
+            app_hint=request.headers.get("tidings-app") or (None if known is None else known.app.id),
+        )
         )
         actor = granted.actor
         if connection is None or connection.user != actor.user or connection.app != actor.app.app:

@@ -406,7 +406,7 @@ def _read_rows(connection: sqlite3.Connection, head: str, tail: str, rows: list[
 
 _HEADS = (
     "WITH v(app,sid) AS (VALUES ",
-    ") SELECT s.sid, s.head, s.counted, s.messages, s.access_version FROM v CROSS JOIN streams s"
+    ") SELECT s.sid, s.head, s.counted, s.messages, s.access_version, s.app FROM v CROSS JOIN streams s"
     " ON s.sid=v.sid AND s.app=v.app",
 )
 _KEYS = (
@@ -456,7 +456,8 @@ def append_batch(connection: sqlite3.Connection, items: list[Append]) -> list[tu
     for item in items:
         sid = item.sid
         head = heads.get(sid)
-        if head is None:
+        if head is None or head[4] != item.app:
+            # No such stream in this app, whatever other apps of the batch append to.
             outcomes.append((item, Stale()))
             continue
         key = (sid, item.sender, item.key)
