@@ -166,7 +166,6 @@ def http_routes(gateway: Gateway) -> list[Any]:
             _bearer(request) or "",
             app_hint=request.headers.get("tidings-app") or (None if known is None else known.app.id),
         )
-        )
         actor = granted.actor
         if connection is None or connection.user != actor.user or connection.app != actor.app.app:
             raise Refusal("session_unknown", "There is no such session: open a new one.")
