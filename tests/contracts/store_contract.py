@@ -123,9 +123,7 @@ async def seqs(store: Store, sid: int) -> list[int]:
 
 
 async def event(tx: Tx, sid: int, item: str) -> int:
-    return await log.append_event(
-        tx, app=APP, sid=sid, type="test", at=2, by=None, ref=None, item=item, sealed=None
-    )
+    return await log.append_event(tx, app=APP, sid=sid, type="test", at=2, by=None, ref=None, item=item, sealed=None)
 
 
 def event_unit(sid: int, item: str) -> Callable[[Tx], Awaitable[int]]:
@@ -489,9 +487,7 @@ class StoreContract:
         assert await store.run(event_unit(1, "e0")) == 3
         assert await seqs(store, 1) == [1, 2, 3]
 
-    async def test_a_commit_from_elsewhere_is_noticed_once_and_own_ones_are_not(
-        self, site: Site, store: Store
-    ) -> None:
+    async def test_a_commit_from_elsewhere_is_noticed_once_and_own_ones_are_not(self, site: Site, store: Store) -> None:
         assert await store.changed_elsewhere() is False
         await submit(store, 1, "k")
         await store.run(event_unit(1, "e"))
@@ -503,9 +499,7 @@ class StoreContract:
 
     # ------------------------------------------------------------ the end
 
-    async def test_closing_finishes_what_is_queued_and_refuses_what_comes_later(
-        self, site: Site, store: Store
-    ) -> None:
+    async def test_closing_finishes_what_is_queued_and_refuses_what_comes_later(self, site: Site, store: Store) -> None:
         queued = [submit(store, 1, f"k{n}") for n in range(MANY)]
         unit = asyncio.ensure_future(store.run(event_unit(1, "e")))
         await asyncio.sleep(0)

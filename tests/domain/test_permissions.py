@@ -5,6 +5,8 @@ It is literal on purpose. Whoever changes what a role may do changes it here, to
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -133,7 +135,7 @@ def test_nobody_but_a_backend_acts_for_others_or_writes_in_the_systems_name() ->
 
 def test_roles_of_a_scope_grow_with_their_rank() -> None:
     for scope, ranks in {"channel": ["reader", "member", "moderator", "owner"], "app": ["guest", "user"]}.items():
-        for lower, higher in zip(ranks, ranks[1:], strict=False):
+        for lower, higher in itertools.pairwise(ranks):
             assert BUILT_IN[scope][lower] < BUILT_IN[scope][higher]
 
 

@@ -110,9 +110,7 @@ TABLE: list[tuple[str, State, bytes, tuple[str, ...], State]] = [
 
 
 @pytest.mark.parametrize(("_", "state", "data", "action", "after"), TABLE, ids=[row[0] for row in TABLE])
-def test_every_frame_in_every_state(
-    _: str, state: State, data: bytes, action: tuple[str, ...], after: State
-) -> None:
+def test_every_frame_in_every_state(_: str, state: State, data: bytes, action: tuple[str, ...], after: State) -> None:
     session = session_in(state)
     assert said(session.receive(data, 0.0)) == action
     assert session.state is after
@@ -272,9 +270,7 @@ def test_deep_nesting_is_refused_and_not_followed() -> None:
         ({"type": "nonsense"}, "type", None),
     ],
 )
-def test_a_refusal_names_the_field_and_its_bound(
-    document: dict[str, Any], field: str, bound: int | None
-) -> None:
+def test_a_refusal_names_the_field_and_its_bound(document: dict[str, Any], field: str, bound: int | None) -> None:
     with pytest.raises(msgspec.ValidationError) as raised:
         decode_command(json.dumps(document).encode())
     refusal = refusal_of(raised.value)
@@ -358,7 +354,7 @@ class SessionMachine(RuleBasedStateMachine):
     @invariant()
     def what_runs_is_counted(self) -> None:
         assert self.session.in_flight == self.running
-        assert 0 <= self.session.in_flight
+        assert self.session.in_flight >= 0
         # A ping goes through when nothing else does.
         pings = LIMITS.commands_burst + LIMITS.commands_per_second * self.now
         assert self.session.in_flight <= LIMITS.in_flight_max + pings
