@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -85,7 +85,7 @@ async def door(tmp_path: Path) -> AsyncIterator[Door]:
             draining=lambda: node.gateway.draining,
             route_handlers=http_routes(node.gateway),
         )
-        transport = httpx.ASGITransport(app=rest)
+        transport = httpx.ASGITransport(app=cast(Any, rest))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
             yield Door(node, http)
 
