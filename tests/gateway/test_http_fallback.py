@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -84,7 +85,7 @@ async def door(tmp_path: Path) -> AsyncIterator[Door]:
             draining=lambda: node.gateway.draining,
             route_handlers=http_routes(node.gateway),
         )
-        transport = httpx.ASGITransport(app=rest)
+        transport = httpx.ASGITransport(app=cast(Any, rest))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
             yield Door(node, http)
 
@@ -163,13 +164,12 @@ async def test_commands_are_accepted_and_answered_in_the_stream_by_ref(door: Doo
     assert sent.status_code == 202
     assert (await alice.say({"type": "ping", "ref": 3}, one=True)).status_code == 202
     found: dict[int, Any] = {}
+    after = 0
     async with asyncio.timeout(5):
         while len(found) < 3:
-            found = {
-                frame["frame"]["ref"]: frame["frame"]
-                for frame in (await alice.poll())["frames"]
-                if "ref" in frame["frame"]
-            }
+            answer = await alice.poll(after, 5)
+            after = answer["next"]
+            found |= {frame["frame"]["ref"]: frame["frame"] for frame in answer["frames"] if "ref" in frame["frame"]}
     assert found[1]["type"] == found[2]["type"] == "message.sent"
     assert found[2]["seq"] == found[1]["seq"] + 1
     assert found[3]["type"] == "pong"
@@ -293,8 +293,6 @@ async def test_a_session_that_is_not_fetched_from_is_bounded_and_misses_nothing(
         node.gateway.hub.flush()
         assert connection.paused
         assert connection._bytes < 3 * 4_000
-        import json
-
         found: list[int] = []
         after = 0
         async with asyncio.timeout(5):

@@ -78,7 +78,7 @@ CATCH_UP_PAGE: Final = 500
 CATCH_UP_PAGE_MIN: Final = 16
 CATCH_UP_BYTES: Final = 262_144
 # How long to wait for a store that cannot be read, seconds.
-RETRY_SECONDS: Final = 0.5
+CATCH_UP_RETRY_SECONDS: Final = 0.25
 # Connections that read the log at the same time; the others wait, so that a reconnect storm shares the readers fairly.
 CATCH_UPS_MAX: Final = 8
 # How often connections are looked at for silence and expiry, seconds: half the precision of the shortest limit.
@@ -234,6 +234,9 @@ class Gateway:
                 continue
             if connection.granted is granted:
                 connection.granted, connection.actor = fresh, fresh.actor
+            if fresh.actor.app.blind_roles or connection.guarded:
+                connection.guarded = fresh.actor.app.blind_roles
+                self.hub.guard(connection, list(connection.streams))
 
     # ------------------------------------------------------------ connections
 
@@ -376,6 +379,7 @@ class Gateway:
             # The first page comes here; the client takes the rest with `heads`, from the same mark.
             more = f"0.{entry.mark}"
             heads = []
+        connection.guarded = actor.app.blind_roles
         connection.last_mark = entry.mark
         connection.entering = False
         connection.paused = connection.transport_paused
@@ -406,6 +410,8 @@ class Gateway:
         connection.visible = command.presence == "online"
         self.presence.appeared(connection)
         connection.session.answered()
+        if connection.guarded:
+            self.hub.guard(connection, list(connection.streams))
         if command.positions:
             refused.update(
                 await self._resume(
@@ -477,7 +483,7 @@ class Gateway:
                 self.hub.leave(connection, sid)
                 continue
             except StoreUnavailable:
-                await asyncio.sleep(RETRY_SECONDS)
+                await asyncio.sleep(CATCH_UP_RETRY_SECONDS)
                 continue
             except Exception as error:
                 # A row that cannot be read must not keep the other streams waiting, nor be tried for ever.

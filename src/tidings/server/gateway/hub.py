@@ -42,6 +42,7 @@ class Peer:
         "app",
         "behind",
         "device",
+        "guarded",
         "id",
         "left_while_entering",
         "out",
@@ -67,6 +68,8 @@ class Peer:
         self.behind: dict[int, int | None] = {}
         self.streams: dict[int, Stream] = {}
         self.own: Stream | None = None
+        # Whether being a member is not enough to hear a channel: then it is read from the log first, which asks.
+        self.guarded = False
         # Streams that stopped being theirs while their memberships were being read.
         self.left_while_entering: set[int] = set()
 
@@ -242,7 +245,7 @@ class Hub:
             for peer in list(self.users.get((notice.app, notice.user), ())):
                 if notice.sid not in peer.streams:
                     stream = self.join(peer, notice.sid, notice.channel, notice.epoch, notice.head)
-                    if stream.head > notice.head:
+                    if stream.head > notice.head or peer.guarded:
                         peer.behind[notice.sid] = notice.head
                         peer.fell_behind()
                     peer.subscribed(stream)
@@ -333,7 +336,21 @@ class Hub:
                 dirty.append(peer)
             peer.out.append(entry)
 
+    def guard(self, peer: Peer, sids: Iterable[int]) -> None:
+        """Send nothing more on these streams until the log was asked whether the peer may read them."""
+        for sid in sids:
+            stream = peer.streams.get(sid)
+            if stream is not None and stream.name != OWN and sid not in peer.behind:
+                peer.behind[sid] = stream.head
+        peer.fell_behind()
+
     def _access_changed(self, notice: AccessChanged) -> None:
+        if notice.sid is not None:
+            stream = self.streams.get(notice.sid)
+            if stream is not None:
+                for peer in list(stream.peers):
+                    if peer.guarded:
+                        self.guard(peer, (notice.sid,))
         if notice.user is not None:
             for peer in list(self.users.get((notice.app, notice.user), ())):
                 peer.access_changed()
