@@ -456,10 +456,15 @@ class Gateway:
                 # The announcement came before the snapshot shows it, or nothing is left to show: look again shortly.
                 await asyncio.sleep(0.05)
                 continue
-            for _, payload in page.events:
+            # A commit can be read before it is announced: what is above the head comes live, and must not come twice.
+            events = [event for event in page.events if event[0] <= stream.head]
+            if not events:
+                await asyncio.sleep(0.05)
+                continue
+            for _, payload in events:
                 connection.send(payload)
-            behind[sid] = page.events[-1][0]
-            self.metrics.catch_up_events.inc(len(page.events))
+            behind[sid] = events[-1][0]
+            self.metrics.catch_up_events.inc(len(events))
             # Others get their turn with this connection's next stream.
             behind[sid] = behind.pop(sid)
             self.hub.flush()
