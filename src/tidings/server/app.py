@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import uvicorn
 
@@ -29,7 +29,6 @@ from tidings.server.gateway.endpoint import socket_protocol
 from tidings.server.gateway.gateway import Gateway
 from tidings.server.gateway.http import http_routes
 from tidings.server.jobs.outbox import trim_outbox
-from tidings.server.outbound import GuardedClient
 from tidings.server.services import Services
 from tidings.server.services.access import AccessService
 from tidings.server.services.admin import Admin
@@ -48,6 +47,9 @@ from tidings.server.store.sqlite import SqliteStore
 from tidings.server.tasks import Tasks
 from tidings.server.telemetry import Metrics, get_logger, watch_event_loop
 from tidings.wire.codec import encode
+
+if TYPE_CHECKING:
+    from tidings.server.outbound import GuardedClient
 
 log = get_logger(__name__)
 
@@ -105,7 +107,7 @@ async def open_core(
     sync = Sync(store, access, keyring, bus, clock)
     bus.listen(_forgetter(apps, access, sync))
     users = Users(store, apps, changes, clock, ids)
-    jwks = JwksCache(GuardedClient(policy), monotonic=clock.monotonic)
+    jwks = JwksCache(lambda: _outbound_client(policy), monotonic=clock.monotonic)
     auth = Auth(store, apps, changes, users, TokenVerifier(clock, jwks), bus, clock, ids)
     services = Services(
         store=store,
@@ -128,6 +130,12 @@ async def open_core(
         await auth.close()
         await jwks.aclose()
         await store.close()
+
+
+def _outbound_client(policy: OutboundPolicy) -> GuardedClient:
+    from tidings.server.outbound import GuardedClient
+
+    return GuardedClient(policy)
 
 
 def prepare_database(path: Path) -> None:

@@ -35,7 +35,6 @@ from tidings.server.domain.permissions import (
     grants_of,
 )
 from tidings.server.errors import NotFound, Refusal
-from tidings.server.outbound import OutboundRefused, check_url
 from tidings.server.store.base import Row, Store, Tx
 from tidings.wire import limits
 from tidings.wire.codec import encode
@@ -428,6 +427,9 @@ class Admin:
         """
         actor.check(P.KEY_MANAGE)
         actor.check(P.TOKEN_MINT)
+        # Here and not above: it brings an HTTP client, which a start can do without.
+        from tidings.server.outbound import OutboundRefused, check_url
+
         try:
             check_url(new.jwks_url, self._policy)
             JwksSource(new.jwks_url, tuple(new.algorithms), new.cache_seconds)

@@ -5,15 +5,15 @@ most once per interval, whatever arrives; everybody who waits for it waits for t
 use while the provider is down, up to a bound.
 """
 
+from __future__ import annotations
+
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import httpx
 import msgspec
 
-from tidings.server.outbound import GuardedClient, OutboundRefused
 from tidings.server.services.signing import (
     ALGORITHM_BY_HEADER,
     ASYMMETRIC_ALGORITHMS,
@@ -58,15 +58,30 @@ class _Source:
         self.task: asyncio.Task[None] | None = None
 
 
+if TYPE_CHECKING:
+    from tidings.server.outbound import GuardedClient
+
+
+def _load_client() -> tuple[Any, Any]:
+    import httpx
+
+    from tidings.server import outbound
+
+    return outbound, httpx
+
+
 class JwksCache:
     """Keys by (source, kid). `find` never waits; `refresh` may.
+
+    `client` may be given as a function that makes it at the first fetch: most apps have no provider, and an HTTP client
+    is a third of a second of imports that a start can do without.
 
     Owns its fetches: `aclose` ends them. `monotonic` gives seconds. Belongs to one event loop.
     """
 
     def __init__(
         self,
-        client: GuardedClient,
+        client: GuardedClient | Callable[[], GuardedClient],
         *,
         monotonic: Callable[[], float] = time.monotonic,
         interval_seconds: float = FETCH_INTERVAL_SECONDS,
@@ -163,6 +178,10 @@ class JwksCache:
             state.error = f"internal: {type(error).__name__}"
 
     async def _fetch(self, url: str, state: _Source) -> None:
+        # Off the loop: the first time, this loads the HTTP client.
+        outbound, httpx = await asyncio.to_thread(_load_client)
+        if callable(self._client):
+            self._client = self._client()
         try:
             reply = await self._client.request(
                 "GET",
@@ -174,7 +193,7 @@ class JwksCache:
             if reply.status != 200:
                 raise ValueError(f"answered with status {reply.status}")
             documents = read_key_set(reply.body)
-        except (OutboundRefused, httpx.HTTPError, OSError, ValueError) as error:
+        except (outbound.OutboundRefused, httpx.HTTPError, OSError, ValueError) as error:
             state.error = str(error) or type(error).__name__
         else:
             keys: dict[tuple[str, str], VerificationKey] = {}
