@@ -14,7 +14,7 @@ import pytest_asyncio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.checks.house import House, Wire, assert_gapless
+from tests.checks.house import House, Wire, assert_gapless, wait_until
 from tidings.client.errors import Refused
 from tidings.testing.rawsocket import TEXT, encode_frame
 
@@ -270,6 +270,8 @@ async def test_d15_the_slower_of_two_devices_takes_nobody_back(house: House) -> 
     await fast.ask("read", channel=channel, seq=5)
     await max_.until(lambda: told()[-1] == (8, 5), "the reading was told")
     await slow.ask("ack", positions={channel: 6})
+    written = "SELECT seq FROM device_positions WHERE sid=? AND device='slow'"
+    await wait_until(lambda: house.sql(written, house.sid(channel)) == [(6,)], "the slow one's position was written")
     await fast.ask("ack", positions={channel: 9})
     await max_.until(lambda: told()[-1][0] == 9, "the next delivery was told")
     assert told() == sorted(told()), f"a position that was told went down: {told()}"

@@ -500,8 +500,13 @@ class Gateway:
                 # The announcement came before the snapshot shows it, or nothing is left to show: look again shortly.
                 await asyncio.sleep(0.05)
                 continue
+            # A commit can be read before it is announced: what is above the head comes live, and must not come twice.
+            events = [event for event in page.events if event[0] <= stream.head]
+            if not events:
+                await asyncio.sleep(0.05)
+                continue
             sent = 0
-            for _, payload in page.events:
+            for _, payload in events:
                 connection.send(payload)
                 sent += len(payload)
             # Pages of about the same number of bytes, whatever the size of the messages.
@@ -509,8 +514,8 @@ class Gateway:
                 size = max(CATCH_UP_PAGE_MIN, size // 2)
             elif sent < CATCH_UP_BYTES // 2:
                 size = min(CATCH_UP_PAGE, size * 2)
-            behind[sid] = page.events[-1][0]
-            self.metrics.catch_up_events.inc(len(page.events))
+            behind[sid] = events[-1][0]
+            self.metrics.catch_up_events.inc(len(events))
             # Others get their turn with this connection's next stream.
             behind[sid] = behind.pop(sid)
             self.hub.flush()
