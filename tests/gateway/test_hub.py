@@ -114,7 +114,6 @@ async def test_nothing_reaches_a_member_from_their_removal_on(node: Node) -> Non
     assert [frame["data"]["channel"] for frame in bob.of("channel.left")] == ["c"]
 
 
-@pytest.mark.xfail(strict=True, reason="the hub listens by membership; a role without channel.read is not looked at")
 async def test_nothing_reaches_a_member_whose_role_lost_the_right_to_read(node: Node) -> None:
     await node.define(ChannelType(name="ward", features=ChannelFeatures(), grants={"waiting": ["typing.send"]}))
     await node.channel("w", "alice", "bob", type="ward")
@@ -127,7 +126,6 @@ async def test_nothing_reaches_a_member_whose_role_lost_the_right_to_read(node: 
     assert bob.events("w") == had
 
 
-@pytest.mark.xfail(strict=True, reason="the hub listens by membership; a role without channel.read is not looked at")
 async def test_a_member_who_may_not_read_is_never_live(node: Node) -> None:
     await node.define(ChannelType(name="ward", features=ChannelFeatures(), grants={"waiting": ["typing.send"]}))
     await node.channel("w", "alice", "bob", type="ward", bob="waiting")

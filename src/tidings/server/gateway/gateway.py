@@ -465,7 +465,7 @@ class Gateway:
             if stream is None or position is None:
                 behind.pop(sid, None)
                 continue
-            if position >= stream.head:
+            if position >= stream.head and (sid in handles or not connection.guarded):
                 # Nothing is awaited between this comparison and the switch: what comes next is live.
                 del behind[sid]
                 connection.sent_before.pop(sid, None)
@@ -476,6 +476,7 @@ class Gateway:
                 if handle is None:
                     assert connection.actor is not None
                     handle = handles[sid] = await self.sync.handle(connection.actor, stream.name)
+                    continue
                 async with self._catch_ups:
                     page = await self.sync.read(handle, position, size)
             except (NotFound, Forbidden):
