@@ -438,3 +438,9 @@ async def test_too_many_long_polls_of_one_user_are_told_to_wait(world: World, ch
     world.services.sync.wake_all()
     await asyncio.gather(*polls, theirs)
     assert (world.services.sync.polls, world.services.sync._waiters) == (0, {})
+
+
+@pytest.mark.parametrize("query", ["since=" + "f" * 30, "since=-1", "cursor=zzzzzzzzzzzzzzzz.1", "cursor=-1.1"])
+async def test_marks_and_cursors_that_were_never_given_out_are_refused(served: World, query: str) -> None:
+    reply = await served.call("alice", "GET", f"/v1/sync?{query}")
+    assert (reply.status_code, reply.json()["code"]) == (422, "cursor_invalid")

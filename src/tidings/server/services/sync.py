@@ -97,8 +97,8 @@ def read_mark(mark: str) -> int:
     try:
         # Marks of `GET /v1/sync` also carry what was told.
         moment = mark.partition(".")[0]
-        # int() would take signs, blanks and underscores, too.
-        if not 1 <= len(moment) <= 16 or not all(digit in "0123456789abcdef" for digit in moment):
+        # int() would take signs, blanks and underscores, too. Thirteen digits last until the year 144683.
+        if not 1 <= len(moment) <= 13 or not all(digit in "0123456789abcdef" for digit in moment):
             raise ValueError
         return int(moment, 16)
     except ValueError:
@@ -182,6 +182,8 @@ class Sync:
             try:
                 after_text, _, mark = cursor.partition(".")
                 after = int(after_text, 36)
+                if not 0 <= after < 2**53:
+                    raise ValueError
                 read_mark(mark)
             except (ValueError, Refusal):
                 raise Refusal("cursor_invalid", "This cursor was not given out here.", field="cursor") from None
