@@ -440,7 +440,29 @@ async def test_too_many_long_polls_of_one_user_are_told_to_wait(world: World, ch
     assert (world.services.sync.polls, world.services.sync._waiters) == (0, {})
 
 
-@pytest.mark.parametrize("query", ["since=" + "f" * 30, "since=-1", "cursor=zzzzzzzzzzzzzzzz.1", "cursor=-1.1"])
+@pytest.mark.parametrize(
+    "query", ["since=" + "f" * 30, "since=" + "f" * 16, "since=-1", "cursor=zzzzzzzzzzzzzzzz.1", "cursor=-1.1"]
+)
 async def test_marks_and_cursors_that_were_never_given_out_are_refused(served: World, query: str) -> None:
     reply = await served.call("alice", "GET", f"/v1/sync?{query}")
     assert (reply.status_code, reply.json()["code"]) == (422, "cursor_invalid")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "field"),
+    [
+        ("PATCH", "/v1/app", {"settings": {"last_sene": False}}, "settings.last_sene"),
+        ("PUT", "/v1/app/channel-types/t", {"features": {"typng": False}}, "features.typng"),
+        (
+            "POST",
+            "/v1/channels/{channel}/messages",
+            {"attachments": [{"type": "file"}, {"type": "file", "uri": "https://x.example"}]},
+            "attachments[1].uri",
+        ),
+    ],
+)
+async def test_misspelt_fields_inside_a_body_are_refused_by_name(
+    world: World, channel: str, method: str, path: str, body: Any, field: str
+) -> None:
+    reply = await world.call("backend", method, path.format(channel=channel), body)
+    assert (reply.status_code, reply.json().get("field")) == (422, field)
