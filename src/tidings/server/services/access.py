@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
 from tidings.server.crypto.base import AppKeyNotLoaded
@@ -38,7 +38,8 @@ _READ: Final = bit(Permission.CHANNEL_READ)
 class Actor:
     """Who asks: a user, an app's backend, or a backend in a user's name. `grants` hold everywhere in the app.
 
-    `via` names the credential for the audit trail: `user:<id>` or `key:<id>`.
+    `via` names the credential for the audit trail: `user:<id>` or `key:<id>`. `role`: the app role that `grants` come
+    from, None where they are a key's scopes.
     """
 
     app: AppContext
@@ -47,6 +48,7 @@ class Actor:
     via: str
     device: str | None = None
     session: str | None = None
+    role: str | None = None
 
     def check(self, need: Permission) -> None:
         """Refuse unless the app-level grants hold `need`. Raises Forbidden."""
@@ -135,6 +137,11 @@ class AccessService:
         view = self._channels.get((actor.app.app, channel_id))
         if view is None:
             return None
+        app = self._apps.cached(actor.app.id)
+        if app is not actor.app:
+            if app is None:
+                return None
+            actor = _as_of(actor, app)
         if actor.user is None:
             return Access(actor, view, _BACKEND, actor.grants)
         member = view.users.get(actor.user)
@@ -212,8 +219,11 @@ class AccessService:
     # ------------------------------------------------------------ loading
 
     async def _load(self, actor: Actor, channel_id: str) -> Access:
-        app = actor.app
+        # The app as it is now, read after the count: the actor may have come before a role or type was changed (a
+        # request's body takes its time), and what is remembered below is for everybody.
         forgotten = self._forgotten
+        app = await self._apps.get(actor.app.id)
+        actor = _as_of(actor, app)
 
         async def unit(tx: Tx) -> tuple[tuple[object, ...], tuple[object, ...] | None, list[tuple[object, ...]]] | None:
             row = await tx.one(
@@ -297,6 +307,14 @@ class AccessService:
             self._apps.forget(app.app)
             await self._apps.get(app.id)
             return self._keyring.cipher(app.id, str(sid), key)
+
+
+def _as_of(actor: Actor, app: AppContext) -> Actor:
+    """The actor with what their role grants in the app as it is now."""
+    if actor.role is None:
+        return actor
+    grants = app.app_roles.get(actor.role, NONE)
+    return actor if grants == actor.grants else replace(actor, app=app, grants=grants)
 
 
 def backend_actor(app: AppContext, key_id: str, scopes: Grants = EVERYTHING) -> Actor:
