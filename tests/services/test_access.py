@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from tidings.server.domain.permissions import Permission as P
 from tidings.server.errors import Forbidden
+from tidings.server.services.access import ChannelView
 from tidings.wire.requests import ChannelCreate
 
 from .admin_world import World, open_world
@@ -49,3 +51,41 @@ async def test_a_request_from_before_a_change_has_the_app_role_of_now(world: Wor
     assert world.access.cached(early, "c1") is not None
 
 
+
+
+async def test_forgetting_a_user_costs_the_same_however_many_channels_are_remembered(world: World) -> None:
+    alice, bob = await world.acting("alice"), await world.acting("bob")
+    for actor in (alice, bob):
+        await world.access.channel(actor, "c1", P.MESSAGE_SEND)
+    looked_at = Watched(world.access._channels)
+    world.access._channels = looked_at
+    world.access.forget_user(alice.app.app, "alice")
+    assert looked_at.walks == 0
+    assert world.access.cached(alice, "c1") is None
+    assert world.access.cached(bob, "c1") is not None
+    await world.access.channel(alice, "c1", P.MESSAGE_SEND)
+    assert world.access.cached(alice, "c1") is not None
+
+
+class Watched(OrderedDict[tuple[int, str], ChannelView]):
+    """Channels that count how often somebody walks through all of them."""
+
+    walks = 0
+
+    def items(self):  # type: ignore[no-untyped-def]
+        self.walks += 1
+        return super().items()
+
+    def values(self):  # type: ignore[no-untyped-def]
+        self.walks += 1
+        return super().values()
+
+
+async def test_beyond_a_bound_users_are_forgotten_all_at_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tidings.server.services.access.USERS_FORGOTTEN_MAX", 2)
+    bob = await world.acting("bob")
+    for name in ("alice", "carol", "dave"):
+        await world.access.channel(bob, "c1", P.MESSAGE_SEND)
+        world.access.forget_user(bob.app.app, name)
+    assert world.access.cached(bob, "c1") is None
+    assert world.access._users_forgotten == {}

@@ -31,6 +31,9 @@ CHANNELS_MAX: Final = 50_000
 # People remembered per channel: a send by someone else costs one read.
 USERS_MAX: Final = 10_000
 
+# Users forgotten one by one before everything is forgotten at once: about 10 MB.
+USERS_FORGOTTEN_MAX: Final = 100_000
+
 _READ: Final = bit(Permission.CHANNEL_READ)
 
 
@@ -84,6 +87,8 @@ class Member:
     is_member: bool
     role: str | None
     joined_seq: int
+    # The count of forgetting that it was read under.
+    known_at: int = 0
 
 
 @dataclass(slots=True, frozen=True)
@@ -114,7 +119,6 @@ class Access:
         return self.channel.floor
 
 
-_NOBODY: Final = Member(NONE, False, None, 0)
 _BACKEND: Final = Member(NONE, False, None, 0)
 
 
@@ -129,6 +133,10 @@ class AccessService:
         self._channels: OrderedDict[tuple[int, str], ChannelView] = OrderedDict()
         # Grows with everything forgotten: what was read before that must not be remembered after it.
         self._forgotten = 0
+        # User -> the count at which they were forgotten: what was remembered of them before that does not count. One
+        # number each instead of a walk through all channels. Users of the same id in two apps share it: the other one
+        # is only read once more.
+        self._users_forgotten: dict[str, int] = {}
 
     # ------------------------------------------------------------ the doors
 
@@ -145,7 +153,7 @@ class AccessService:
         if actor.user is None:
             return Access(actor, view, _BACKEND, actor.grants)
         member = view.users.get(actor.user)
-        if member is None:
+        if member is None or member.known_at < self._users_forgotten.get(actor.user, 0):
             return None
         return Access(actor, view, member, Grants(actor.grants | member.grants))
 
@@ -201,9 +209,9 @@ class AccessService:
     def forget_user(self, app: int, user: str) -> None:
         """The user's relations or role have changed."""
         self._forgotten += 1
-        for (owner, _), view in self._channels.items():
-            if owner == app:
-                view.users.pop(user, None)
+        self._users_forgotten[user] = self._forgotten
+        if len(self._users_forgotten) > USERS_FORGOTTEN_MAX:
+            self.forget_all()
 
     def forget_app(self, app: int) -> None:
         """Roles, types or relations of the app have changed."""
@@ -215,6 +223,7 @@ class AccessService:
         """Another process has written: nothing remembered is certain."""
         self._forgotten += 1
         self._channels.clear()
+        self._users_forgotten.clear()
 
     # ------------------------------------------------------------ loading
 
@@ -283,15 +292,14 @@ class AccessService:
         if actor.user is None:
             return Access(actor, view, _BACKEND, actor.grants)
         grants = int(compiled.everyone)
-        member = _NOBODY
         for (kind,) in related:
             grants |= app.relation_roles.get(str(kind), NONE)
         if member_row is not None:
             role = str(member_row[0])
             grants |= compiled.grants.get(role, NONE)
-            member = Member(Grants(grants), True, role, int(str(member_row[1])))
-        elif grants:
-            member = Member(Grants(grants), False, None, 0)
+            member = Member(Grants(grants), True, role, int(str(member_row[1])), forgotten)
+        else:
+            member = Member(Grants(grants), False, None, 0, forgotten)
         if forgotten == self._forgotten:
             if len(view.users) >= USERS_MAX:
                 view.users.clear()
