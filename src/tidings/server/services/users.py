@@ -595,7 +595,7 @@ class Users:
                 return Change(None)
             rows = await tx.all(
                 "SELECT key, seq, id FROM messages WHERE app=? AND sid=? AND sender=? AND key>?"
-                " AND deleted_at IS NULL ORDER BY key LIMIT ?",
+                " AND redacted<2 ORDER BY key LIMIT ?",
                 app.app,
                 sid,
                 user,
