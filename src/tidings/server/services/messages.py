@@ -152,7 +152,7 @@ class Messages:
         """Send from memory, without waiting: False if that cannot be decided here, then `send` must be used.
 
         `done` gets `Appended` after the commit and before anybody hears of the message, or the exception (`Stale`
-        means: use `send`). Raises Refusal when the message may not be sent.
+        means: use `send`). What would be refused is left to `send`, too: it may be the retry of a stored message.
         """
         if draft.reply_to is not None:
             return False
@@ -160,8 +160,11 @@ class Messages:
         if access is None:
             return False
         if not access.grants & _SEND:
-            access.check(P.MESSAGE_SEND)
-        check_draft(access, draft)
+            return False
+        try:
+            check_draft(access, draft)
+        except Refusal:
+            return False
         self._submit(access, draft, key, done)
         return True
 
@@ -173,7 +176,8 @@ class Messages:
         key: str,
         then: Callable[[Appended], None] | None = None,
     ) -> Appended:
-        """Store a message and announce it. Once per (sender, channel, key), for ever: a retry gets the first result.
+        """Store a message and announce it. Once per (sender, channel, key), for ever: a retry gets the first result,
+        also when the message might not be sent any more, as long as its sender may see the channel.
 
         `then` is called after the commit and before anybody hears of the message: its sender is answered first.
 
@@ -181,10 +185,18 @@ class Messages:
         nothing is stored, unless an earlier try with this key was.
         """
         for _ in range(ATTEMPTS_MAX):
-            access = await self._access.channel(actor, channel_id, P.MESSAGE_SEND)
-            check_draft(access, draft)
-            if draft.reply_to is not None:
-                await self._check_reply(access, draft.reply_to)
+            try:
+                access = await self._access.channel(actor, channel_id, P.MESSAGE_SEND)
+                check_draft(access, draft)
+                if draft.reply_to is not None:
+                    await self._check_reply(access, draft.reply_to)
+            except Refusal:
+                first = await self._first_result(actor, channel_id, draft, key)
+                if first is None:
+                    raise
+                if then is not None:
+                    then(first)
+                return first
             future: asyncio.Future[Appended] = asyncio.get_running_loop().create_future()
 
             def settle(outcome: Appended | Exception, future: asyncio.Future[Appended] = future) -> None:
@@ -203,6 +215,28 @@ class Messages:
             except Stale:
                 self._access.forget_channel(actor.app.app, channel_id)
         raise StoreUnavailable("the channel's members change too fast")
+
+    async def _first_result(self, actor: Actor, channel_id: str, draft: Draft, key: str) -> Appended | None:
+        """What an earlier try with this key and body has stored, for somebody who may still see the channel."""
+        try:
+            access = await self._access.channel(actor, channel_id, P.CHANNEL_READ)
+        except Refusal:
+            return None
+        channel = access.channel
+
+        async def unit(tx: Tx) -> Row | None:
+            return await tx.one(
+                "SELECT id, seq, at, digest FROM messages m WHERE m.app=? AND m.sid=? AND m.sender=? AND m.key=?",
+                channel.app,
+                channel.sid,
+                actor.user if actor.user is not None else BACKEND,
+                key,
+            )
+
+        row = await self._store.read(unit)
+        if row is None or row[3] != actor.app.cipher.fingerprint(encode(draft)):
+            return None
+        return Appended(row[0], row[1], row[2], True)
 
     def _submit(self, access: Access, draft: Draft, key: str, done: Callable[[Appended | Exception], None]) -> None:
         channel = access.channel
