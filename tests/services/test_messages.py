@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tidings.server.errors import Refusal
-from tidings.server.services.messages import Draft
+from tidings.server.services.messages import Draft, Edit
 from tidings.wire.requests import ChannelUpdate
 from tidings.wire.resources import ChannelFeatures, ChannelType
 
@@ -59,3 +59,16 @@ async def test_a_retry_gets_its_first_result_whatever_has_happened_since(world: 
 
     await world.members.remove(world.backend, "c1", "alice")
     await refused("not_found", world.messages.send(alice, "c1", draft, "k1"), "channel")
+
+
+async def test_an_edit_cannot_mention_where_mentions_are_off(world: World) -> None:
+    await world.user("alice")
+    await world.user("bob")
+    await world.configure(ChannelType(name="quiet", features=ChannelFeatures(mentions=False)))
+    alice = world.acting("alice")
+    await world.channel("alice", "bob", id="c1", type="quiet")
+    sent = await world.send(alice, "c1")
+    edit = world.messages.edit
+    await refused("feature_off", edit(alice, "c1", sent.message_id, Edit(mentions=["bob"])), "mentions")
+    await edit(alice, "c1", sent.message_id, Edit(text="hello again", mentions=[]))
+    assert await world.rows("SELECT 1 FROM mentions") == []

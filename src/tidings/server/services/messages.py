@@ -332,6 +332,8 @@ class Messages:
                     f"A message can be edited {limits.EDITS_PER_MESSAGE_MAX} times.",
                     bound=limits.EDITS_PER_MESSAGE_MAX,
                 )
+            if edit.mentions and not channel.type.definition.features.mentions:
+                raise Refusal("feature_off", "Mentions are switched off in this type of channel.", field="mentions")
             check_content(access, edit.attachments, edit.custom)
             old = decode_body(channel.cipher.open(row.sealed, row.item.encode()))
             mentions = old.mentions if edit.mentions is msgspec.UNSET else list(dict.fromkeys(edit.mentions))
