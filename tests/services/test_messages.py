@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from tidings.server.errors import Refusal
+from tidings.server.services.access import Actor
 from tidings.server.services.messages import Draft, Edit
-from tidings.wire.requests import ChannelUpdate
+from tidings.server.services.sync import Sync
+from tidings.wire.requests import ChannelUpdate, MembersAdd
 from tidings.wire.resources import ChannelFeatures, ChannelType
 
 from .conftest import World
@@ -72,3 +75,46 @@ async def test_an_edit_cannot_mention_where_mentions_are_off(world: World) -> No
     await refused("feature_off", edit(alice, "c1", sent.message_id, Edit(mentions=["bob"])), "mentions")
     await edit(alice, "c1", sent.message_id, Edit(text="hello again", mentions=[]))
     assert await world.rows("SELECT 1 FROM mentions") == []
+
+
+async def test_an_edit_shows_nothing_to_those_before_whose_time_the_message_was(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("alice", "bob", "carol"):
+        await world.user(name)
+    await world.configure(ChannelType(name="ward", features=ChannelFeatures(), history="since_join"))
+    alice, bob, carol = (world.acting(name) for name in ("alice", "bob", "carol"))
+    await world.channel("alice", "bob", id="c1", type="ward")
+    old = await world.send(alice, "c1", "before")
+    await world.messages.edit(alice, "c1", old.message_id, Edit(text="before, once"))
+    assert world.events("c1")[-1]["data"]["text"] == "before, once", "everybody was there"
+    await world.members.add(world.backend, "c1", MembersAdd(users=["carol"]))
+    edited = await world.messages.edit(alice, "c1", old.message_id, Edit(text="before, twice", custom={"a": 1}))
+    live = world.events("c1")[-1]["data"]
+    assert (live["id"], live["seq"], live["edits"], live["content_omitted"]) == (old.message_id, old.seq, 2, True)
+    assert not live.keys() & {"text", "custom", "mentions", "attachments"}
+    assert b"before, twice" in edited[1]
+
+    sync = Sync(world.store, world.access, world.keyring, world.bus, world.clock)
+
+    async def caught_up(actor: Actor) -> list[Any]:
+        page = await sync.events(actor, "c1", old.seq if actor is bob else (await floor(actor)), None, 100)
+        events = [msgspec.json.decode(payload) for _, payload in page.events]
+        return [event["data"] for event in events if event["type"] == "message.updated"]
+
+    async def floor(actor: Actor) -> int:
+        return (await sync.handle(actor, "c1")).floor
+
+    assert [data.get("text") for data in await caught_up(bob)] == ["before, once", "before, twice"]
+    assert [(data.get("text"), data["content_omitted"]) for data in await caught_up(carol)] == [(None, True)]
+    assert b"before, twice" in await world.messages.one(bob, "c1", old.message_id)
+    await refused("not_found", world.messages.one(carol, "c1", old.message_id), "id")
+
+    new = await world.send(alice, "c1", "after")
+    await world.messages.edit(alice, "c1", new.message_id, Edit(text="after, once"))
+    assert world.events("c1")[-1]["data"]["text"] == "after, once"
+    assert (await caught_up(carol))[-1]["text"] == "after, once"
+    # In a large channel somebody is always new.
+    monkeypatch.setattr("tidings.server.services.messages.WITHHELD_MEMBERS_MAX", 2)
+    await world.messages.edit(alice, "c1", new.message_id, Edit(text="after, twice"))
+    assert "text" not in world.events("c1")[-1]["data"]

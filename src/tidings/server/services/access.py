@@ -76,6 +76,8 @@ class ChannelView:
     access_version: int
     cipher: StreamCipher
     floor: int
+    # As exact as the rest: whoever joins or leaves makes the view forgotten.
+    member_count: int = 0
     users: dict[str, Member] = field(default_factory=dict)
 
 
@@ -237,7 +239,7 @@ class AccessService:
         async def unit(tx: Tx) -> tuple[tuple[object, ...], tuple[object, ...] | None, list[tuple[object, ...]]] | None:
             row = await tx.one(
                 "SELECT c.sid, s.epoch, c.type, c.frozen, s.access_version, s.key_wrapped, s.key_version,"
-                " s.key_app_version, s.floor FROM channels c JOIN streams s ON s.sid=c.sid"
+                " s.key_app_version, s.floor, c.member_count FROM channels c JOIN streams s ON s.sid=c.sid"
                 " WHERE c.app=? AND c.id=? AND c.deleted_at IS NULL",
                 app.app,
                 channel_id,
@@ -262,7 +264,7 @@ class AccessService:
         if found is None:
             raise NotFound("channel", field="channel")
         row, member_row, related = found
-        sid, epoch, type_name, frozen, version, wrapped, key_version, key_app_version, floor = row
+        sid, epoch, type_name, frozen, version, wrapped, key_version, key_app_version, floor, count = row
         compiled = app.types.get(str(type_name)) or app.types["group"]
         key = (app.app, channel_id)
         view = self._channels.get(key)
@@ -282,6 +284,7 @@ class AccessService:
                 access_version=int(str(version)),
                 cipher=await self.cipher(app, int(str(sid)), stream_key),
                 floor=int(str(floor)),
+                member_count=int(str(count)),
             )
             if forgotten == self._forgotten:
                 self._channels[key] = view

@@ -553,6 +553,7 @@ class Channels:
             access_version=row.access_version,
             cipher=self._cipher(app, row),
             floor=row.floor,
+            member_count=row.member_count,
         )
         member = (
             Member(Grants(grants), False, None, 0)

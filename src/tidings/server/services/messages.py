@@ -39,10 +39,22 @@ from tidings.wire.resources import Attachment, MessageVersion, Reaction
 
 from .access import ATTEMPTS_MAX, Access, AccessService, Actor
 from .change import Change, record
-from .rendering import UPDATED, MessageBody, decode_body, render_created, render_tombstone
+from .rendering import (
+    UPDATED,
+    MessageBody,
+    decode_body,
+    render_created,
+    render_event,
+    render_tombstone,
+    render_withheld,
+)
 
 P = Permission
 _SEND: Final = bit(P.MESSAGE_SEND)
+
+# With history `since_join` an edit looks whether somebody has joined after the message, member by member. Beyond this
+# many it is taken for granted, so that an edit costs the writer at most about 0.1 ms more.
+WITHHELD_MEMBERS_MAX: Final = 1_000
 
 _ROW: Final = (
     "m.seq,m.id,m.sender,m.at,m.content_seq,m.flags,m.edits,m.deleted_at,m.deleted_by,coalesce(e.item,m.id),"
@@ -365,6 +377,9 @@ class Messages:
                 item=f"{message_id}/{row.edits + 2}",
                 data=data,
             )
+            if await _is_before_some(tx, access, row.seq):
+                withheld = render_event(UPDATED, channel.id, published.seq, now, actor.user, render_withheld(data))
+                published = Published(channel.sid, published.seq, withheld)
             await tx.execute(
                 "UPDATE messages SET content_seq=?, edits=edits+1, edited_at=?, edited_by=?"
                 " WHERE app=? AND sid=? AND seq=?",
@@ -697,6 +712,27 @@ def render_message(access: Access, row: MessageRow, reactions: list[Reaction] | 
     if reactions:
         data = splice(data, encode(_Reactions(reactions)))
     return data
+
+
+async def _is_before_some(tx: Tx, access: Access, seq: int) -> bool:
+    """Whether a member may not see the message at `seq`, since they joined after it; part of a unit.
+
+    An event is encoded once for all, so what one may not read is left out for everyone. Nobody can join between this
+    and the commit (the stream's row is locked), and who joins later does not get the event at all.
+    """
+    channel = access.channel
+    if channel.type.definition.history != "since_join":
+        return False
+    if channel.member_count > WITHHELD_MEMBERS_MAX:
+        return True
+    return (
+        await tx.one(
+            "SELECT 1 FROM members m WHERE m.app=? AND m.sid=? AND m.joined_seq>=? LIMIT 1",
+            channel.app,
+            channel.sid,
+            seq,
+        )
+    ) is not None
 
 
 async def redact_messages(

@@ -256,7 +256,7 @@ class Sync:
                 tombstone = None
                 if row.redacted:
                     tombstone = await _tombstone(tx, handle, row.ref)
-                events.append((row.seq, render_logged(handle.name, row, handle.cipher, tombstone)))
+                events.append((row.seq, render_logged(handle.name, row, handle.cipher, tombstone, handle.floor)))
             return EventPage(events, stream[0], stream[1])
 
         return await self._store.read(unit)
