@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
 
 import uvloop
@@ -86,10 +86,10 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _function(scenario: Scenario) -> Callable[[Plan, Findings], Awaitable[None]]:
+def _function(scenario: Scenario) -> Callable[[Plan, Findings], Coroutine[Any, Any, None]]:
     import importlib
 
-    function: Callable[[Plan, Findings], Awaitable[None]] = getattr(
+    function: Callable[[Plan, Findings], Coroutine[Any, Any, None]] = getattr(
         importlib.import_module(f"bench.scenarios.{scenario.module}"), scenario.function
     )
     return function

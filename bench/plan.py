@@ -6,7 +6,7 @@ import msgspec
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """`runs`: repetitions. `quick`: a tenth of the work, to see that it runs; its numbers are noise. `long`: with 10^7."""
+    """`runs`: repetitions. `quick`: a tenth of the work, to see that it runs. `long`: with 10^7."""
 
     runs: int = 5
     quick: bool = False

@@ -68,8 +68,8 @@ def _base64(data: bytes) -> str:
 class BenchServer(ServerProcess):
     """A server with its first app's credentials."""
 
-    def __init__(self, data: Path, credentials: Credentials | None = None, **settings: str) -> None:
-        super().__init__(data, environment=ENVIRONMENT | settings)
+    def __init__(self, data: Path, credentials: Credentials | None = None) -> None:
+        super().__init__(data, environment=ENVIRONMENT)
         self._credentials = credentials
 
     @property
@@ -81,6 +81,15 @@ class BenchServer(ServerProcess):
                 raise RuntimeError(f"the server has not shown its first app's credentials\n{self.tail()}")
             self._credentials = Credentials(*found)
         return self._credentials
+
+    def loop_seconds(self) -> float:
+        """Processor seconds of the thread that runs the event loop: the rest is the store's threads."""
+        return int(Path(f"/proc/{self.pid}/task/{self.pid}/schedstat").read_text().split()[0]) / 1e9
+
+    def bytes_written(self) -> int:
+        """Bytes given to the disk so far (`write_bytes` of proc_pid_io(5))."""
+        counters = dict(line.split(": ") for line in Path(f"/proc/{self.pid}/io").read_text().splitlines())
+        return int(counters["write_bytes"])
 
     def rest(self) -> Rest:
         """The app's backend."""
@@ -99,10 +108,10 @@ def scratch() -> Iterator[Path]:
 
 
 @asynccontextmanager
-async def fresh_server(**settings: str) -> AsyncIterator[BenchServer]:
+async def fresh_server() -> AsyncIterator[BenchServer]:
     """A running server on an empty data folder, which goes with it."""
     with scratch() as folder:
-        async with BenchServer(folder / "server", **settings) as server:
+        async with BenchServer(folder / "server") as server:
             yield server
 
 

@@ -24,7 +24,7 @@ _ERROR = b'{"type":"error"'
 CONNECTING_MAX = 64
 
 
-class Socket(WSListener):  # type: ignore[misc]
+class Socket(WSListener):
     """One device's connection.
 
     `events`, `bytes`: message events received and their payload. `on_sent`, `on_other`: called for each
@@ -39,7 +39,10 @@ class Socket(WSListener):  # type: ignore[misc]
         self.on_event: Callable[[], None] | None = None
         self.on_other: Callable[[bytes], None] | None = None
         self.connected: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self.transport: WSTransport = None
+        # Ends `until`: an error from the server, or the end of the connection.
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.failed.add_done_callback(lambda failed: failed.cancelled() or failed.exception())
+        self.transport: WSTransport
         self._acknowledged: bytes | None = None
 
     def on_ws_connected(self, transport: WSTransport) -> None:
@@ -62,13 +65,29 @@ class Socket(WSListener):  # type: ignore[misc]
             else:
                 self.connected.set_exception(RuntimeError(payload.decode()))
         elif payload.startswith(_ERROR):
-            raise RuntimeError(payload.decode())
+            if not self.failed.done():
+                self.failed.set_exception(RuntimeError(payload.decode()))
         elif self.on_other is not None:
             self.on_other(payload)
 
     def on_ws_disconnected(self, transport: WSTransport) -> None:
         if not self.connected.done():
             self.connected.set_exception(ConnectionError("closed before `connected`"))
+        if not self.failed.done():
+            self.failed.set_exception(ConnectionError("the server has closed the connection"))
+
+    async def until(self, event: asyncio.Event, seconds: float = 300.0) -> None:
+        """Wait for an event that a frame will set. Raises what the server refuses, ConnectionError, TimeoutError."""
+        waiting: asyncio.Future[Any] = asyncio.ensure_future(event.wait())
+        both: set[asyncio.Future[Any]] = {waiting, self.failed}
+        try:
+            await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if self.failed.done():
+                self.failed.result()
+            if not event.is_set():
+                raise TimeoutError(f"nothing came in {seconds:g} s")
+        finally:
+            waiting.cancel()
 
     def send(self, payload: bytes) -> None:
         self.transport.send(_TEXT, payload)

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import multiprocessing
 import os
+import signal
 import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -23,6 +25,7 @@ import uvloop
 # A worker that says nothing for this long hangs.
 ANSWER_SECONDS_MAX = 600.0
 END_SECONDS_MAX = 10.0
+PR_SET_PDEATHSIG = 1
 
 _spawning = multiprocessing.get_context("spawn")
 
@@ -92,6 +95,9 @@ async def worker(drive: Callable[..., Coroutine[Any, Any, None]], *args: Any) ->
 
 
 def _main(drive: Callable[..., Coroutine[Any, Any, None]], there: Connection, args: tuple[Any, ...]) -> None:
+    # Goes with the program that started it, however that ends.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
     async def run() -> None:
         link = Link(there)
         try:

@@ -10,6 +10,7 @@ import os
 import resource
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from bench.fill import Fill, filled_server
@@ -42,7 +43,7 @@ async def run_memory(plan: Plan, findings: Findings) -> None:
     for groups in (0, GROUPS_EACH):
         what = "in one direct channel each" if not groups else f"in {groups} more groups of {GROUP_SIZE}"
         for _ in range(max(1, plan.runs // 2 + 1) if not groups else 1):
-            async with filled_server(lambda fill, groups=groups: _people(fill, users, groups)) as server:
+            async with filled_server(partial(_people, users, groups)) as server:
                 tokens = [server.credentials.token(user) for user in users]
                 async with _load(server.port, tokens[:WARM_UP]) as warm:
                     await _connect(warm)
@@ -57,15 +58,15 @@ async def run_memory(plan: Plan, findings: Findings) -> None:
                 findings.add(f"PSS per connection, {what}", (after.pss - before.pss) / count / 1024, "KiB")
                 findings.add("server before, RSS", before.rss / 2**20, "MiB")
     findings.note(
-        f"{count} authenticated connections of as many users, idle. Before: the server after {WARM_UP} connections that "
-        "came and went. The kernel's memory for sockets is not counted."
+        f"{count} authenticated connections of as many users, idle. Before: the server after {WARM_UP} "
+        "connections that came and went. The kernel's memory for sockets is not counted."
     )
 
 
 async def run_connects(plan: Plan, findings: Findings) -> None:
     count = plan.size(CONNECTS, 400)
     users = [f"user-{n}" for n in range(count)]
-    async with filled_server(lambda fill: _people(fill, users, 0)) as server:
+    async with filled_server(partial(_people, users, 0)) as server:
         tokens = [server.credentials.token(user) for user in users]
         for turn in range(plan.runs + 1):
             async with _load(server.port, tokens) as load:
@@ -78,12 +79,12 @@ async def run_connects(plan: Plan, findings: Findings) -> None:
             findings.add("connects, by the clock", count / seconds, "1/s")
             findings.add("server CPU per connect", cpu.total_s / count * 1e6, "µs")
     findings.note(
-        f"{count} connections of as many users, {WORKERS} load processes with {AT_ONCE} handshakes under way each: TCP, "
-        "upgrade, HS256 token, memberships, `connected`. In one direct channel each."
+        f"{count} connections of as many users, {WORKERS} load processes with {AT_ONCE} handshakes under way each: "
+        "TCP, upgrade, HS256 token, memberships, `connected`. In one direct channel each."
     )
 
 
-async def _people(fill: Fill, users: list[str], groups: int) -> None:
+async def _people(users: list[str], groups: int, fill: Fill) -> None:
     await fill.users(users)
     await fill.directs(zip(users[::2], users[1::2], strict=True))
     await fill.groups(

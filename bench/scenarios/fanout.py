@@ -45,8 +45,8 @@ async def run(plan: Plan, findings: Findings) -> None:
                 findings.add("C loop's CPU per delivery", theirs / deliveries * 1e6, "µs")
                 findings.add("ratio", ours.total_s / theirs, "×", at_most(1.5))
     findings.note(
-        f"{MEMBERS} members, {RATE} messages/s of {len(TEXT)} bytes of text ({len(payload)} bytes as an event), receivers "
-        "acknowledge once a second. The C loop sends the same bytes to the same number of sockets of the same receiving "
+        f"{MEMBERS} members, {RATE} messages/s of {len(TEXT)} bytes of text ({len(payload)} bytes as an event), "
+        "receivers acknowledge once a second. The C loop sends the same bytes to as many sockets of the same receiving "
         "process at the same pace; both in turn on one machine. Its time is its thread's, ours the whole process's."
     )
 
@@ -123,7 +123,7 @@ async def _flood(sender: Socket, number: int, count: int) -> int:
     sender.on_sent = answered
     for _ in range(min(WINDOW, count)):
         next_one()
-    await done.wait()
+    await sender.until(done)
     sender.on_sent = None
     return number
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from typing import Any
 
 from bench.measure import Findings, at_least, percentile
@@ -38,8 +39,8 @@ async def run(plan: Plan, findings: Findings) -> None:
             findings.add("p50 answer", percentile(latencies, 0.5) * 1e3, "ms")
             findings.add("p99 answer", percentile(latencies, 0.99) * 1e3, "ms")
     findings.note(
-        f"{CLIENTS} users with tokens, {CLIENTS // 2} direct channels, {len(TEXT)} bytes of text, HTTP/1.1. Nobody is connected "
-        "by socket. SQLite, synchronous=FULL."
+        f"{CLIENTS} users with tokens, {CLIENTS // 2} direct channels, {len(TEXT)} bytes of text, HTTP/1.1. Nobody is "
+        "connected by socket. SQLite, synchronous=FULL."
     )
 
 
@@ -48,7 +49,7 @@ async def drive(link: Link, port: int, tokens: list[str], channels: list[str]) -
     clients = []
     for place, token in enumerate(tokens):
         _, client = await loop.create_connection(
-            lambda token=token, channel=channels[place // 2], name=str(place): Poster(token, channel, name),
+            partial(Poster, token, channels[place // 2], str(place)),
             "127.0.0.1",
             port,
         )

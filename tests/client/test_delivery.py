@@ -45,6 +45,17 @@ async def test_a_fresh_device_starts_now_or_from_the_beginning(server: FakeServe
         assert seqs(await take(other.events(), 4)) == [1, 2, 3, 4]
 
 
+async def test_a_fresh_device_is_told_of_what_it_wrote_before_it_was_connected(server: FakeServer) -> None:
+    server.append("c1", text="before")
+    async with client(server) as chat:
+        # The heads tell of it before its event comes: the server reads them from its store.
+        server.swallow = lambda event: True
+        await chat.channel("c1").send("first words")
+        server.swallow = lambda event: False
+        server.append("c1", text="an answer")
+        assert [event.message.text for event in await take(chat.events(), 2)] == ["first words", "an answer"]
+
+
 async def test_duplicated_frames_are_dropped(server: FakeServer) -> None:
     server.repeat_events = 2
     async with client(server) as chat:
@@ -54,6 +65,8 @@ async def test_duplicated_frames_are_dropped(server: FakeServer) -> None:
             server.append("c1", text=str(n))
         assert seqs(await take(events, 5)) == [1, 2, 3, 4, 5]
         assert events.waiting == 0
+        # Nor does a repetition count as taken.
+        assert chat.position("c1") == 4
 
 
 async def test_a_gap_is_filled_from_the_log(server: FakeServer) -> None:

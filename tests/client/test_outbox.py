@@ -56,6 +56,32 @@ async def test_messages_written_offline_leave_in_order_when_there_is_a_connectio
         assert server.texts(f"c{channel}") == [str(n) for n in range(30) if n % 3 == channel]
 
 
+async def test_a_message_is_on_disk_before_it_is_sent(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, may_write = [], asyncio.Event()
+    add = FileStore.add
+
+    async def slow_disk(store: FileStore, message: SavedMessage) -> None:
+        await may_write.wait()
+        await add(store, message)
+        written.append(message.key)
+
+    monkeypatch.setattr(FileStore, "add", slow_disk)
+    async with client(server, store=tmp_path / "a.db") as chat:
+        await chat.wait_connected(5)
+        sending = asyncio.ensure_future(chat.channel("c1").send("hello", key="k"))
+        # A command that was given later is answered: the message would have been there by now.
+        await chat.channel("c1").read(0)
+        chat.outbox.pump()
+        await chat.channel("c1").read(0)
+        assert server.texts("c1") == []
+        may_write.set()
+        await sending
+        assert written == ["k"]
+    assert server.texts("c1") == ["hello"]
+
+
 async def test_order_holds_when_the_server_refuses_for_now(server: FakeServer) -> None:
     refusals = iter(range(5))
 
@@ -66,6 +92,7 @@ async def test_order_holds_when_the_server_refuses_for_now(server: FakeServer) -
 
     server.refuse = refuse
     async with client(server) as chat:
+        await chat.wait_connected(5)
         for n in range(6):
             await chat.channel("c1").send(str(n), wait=False)
         await chat.flush(5)

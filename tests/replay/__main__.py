@@ -20,7 +20,7 @@ async def play(seed: int, *, full: bool, folder: Path, show: bool = True) -> Res
     dialogues, days = read_clinic_dialogues(), read_irc_days()
     if full:
         scripts = everything(dialogues, days, rng)
-        plan = Plan(seed=seed, kills=12, cut_mean_s=10.0, restarts=200)
+        plan = Plan(seed=seed, kills=12, cut_mean_s=40.0, restarts=200, visits_at_once=16, rooms_at_once=1)
     else:
         scripts = sample(dialogues, days, rng, visits=60, lines=90)
         plan = Plan(seed=seed, kills=4, cut_mean_s=4.0, restarts=24, rooms_at_once=3)

@@ -161,8 +161,8 @@ class Device:
                 self.play.recorder.device_start(device=self.name, user=self.user, channel=channel, position=position)
 
     async def client(self) -> Client:
-        await self.up.wait()
-        assert self._client is not None
+        while self._client is None or not self.up.is_set():
+            await self.up.wait()
         return self._client
 
     # ------------------------------------------------------------ what it sees
@@ -277,9 +277,9 @@ class Device:
 
     async def say(self, channel: str, text: str, key: str, reply_to: str | None = None) -> tuple[str, int]:
         """Send a message, over whatever happens; its id and seq."""
-        client = await self.client()
         self.busy += 1
         try:
+            client = await self.client()
             sent = await client.channel(channel).send(text, key=key, reply_to=reply_to, timeout=STEP_SECONDS_MAX)
         finally:
             self.busy -= 1
@@ -287,8 +287,8 @@ class Device:
 
     async def change(self, call: Call, work: Callable[[Client], Awaitable[int | None]]) -> None:
         """Ask for something else once; what became of it goes into the record."""
-        client = await self.client()
         self.busy += 1
+        client = await self.client()
         operation = self.play.recorder.invoke(self.name, call)
         try:
             operation.ok(seq=await work(client) or 0)

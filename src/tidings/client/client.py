@@ -436,7 +436,10 @@ class Client:
         self._connection.transmit(command)
 
     def _transmit_message(self, command: SendMessage, answer: Callable[[Reply | None], None]) -> int | None:
-        return self._connection.transmit(command, answer) if self._connection.identified else None
+        # Without a mark this device is about to learn the heads, which are where its streams begin: a message that was
+        # sent before that would lie behind them, and its own sender would not be told of it.
+        ready = self._connection.identified and self._following.mark is not None
+        return self._connection.transmit(command, answer) if ready else None
 
     def _message_sent(self, outgoing: Outgoing) -> None:
         result = outgoing.result
@@ -509,6 +512,7 @@ class Client:
         self._next_ack = self._clock()
         self._following.take_mark(connected.mark)
         self._following.resync()
+        self._outbox.pump()
         if self._watched:
             self._connection.transmit(WatchPresence(users=self._watched), lambda reply: None)
 

@@ -262,6 +262,7 @@ class Connection:
     def set_state(
         self, state: State, reason: str = "", *, retry_in: float | None = None, transport: str | None = None
     ) -> None:
+        """Go into a state and tell who watches, if it is another one; `retry_in`: seconds."""
         change = StateChange(state=state, reason=reason, retry_in=retry_in, transport=transport)
         if change == self.change:
             return
@@ -559,6 +560,7 @@ class Connection:
     # ------------------------------------------------------------ frames
 
     def on_frame(self, data: bytes) -> None:
+        """Handle one frame from the server; one that nobody knows is skipped."""
         self._last_frame = self._clock()
         try:
             frame: Any = decode_frame(data)
@@ -608,16 +610,19 @@ class Connection:
         self._going_away = frame.reconnect_in_ms / 1000
 
     def abort(self, reason: str) -> None:
+        """Drop the connection because of `reason`; `run` makes another one."""
         log.warning("dropping the connection: %s", reason)
         if self._transport is not None:
             self._transport.abort()
 
     def pause(self) -> None:
+        """Leave frames in the network, and so the rest in the server's log."""
         if not self.paused and self._transport is not None:
             self.paused = True
             self._transport.pause()
 
     def resume(self) -> None:
+        """Read on."""
         if self.paused and self._transport is not None:
             self.paused = False
             # Silence while we did not listen is nobody's fault.
@@ -625,6 +630,7 @@ class Connection:
             self._transport.resume()
 
     def lose_pending(self) -> None:
+        """Tell who waits for a reply that none will come."""
         pending, self._pending = self._pending, {}
         for answer in pending.values():
             answer(None)

@@ -176,6 +176,7 @@ class Following:
     # ------------------------------------------------------------ events
 
     def on_event(self, event: Any) -> None:
+        """An event has come: new, repeated, or behind a gap."""
         name: str = event.stream
         seq: int = event.seq
         stream = self.streams.get(name)
@@ -233,6 +234,7 @@ class Following:
             self._move(stream, event)
 
     def on_own_event(self, event: ChannelJoined | ChannelLeft, own: Stream) -> None:
+        """The user has joined or left a channel: begin or end to follow it."""
         if isinstance(event, ChannelLeft):
             self.streams.drop(event.channel)
             self._held.pop(event.channel, None)
@@ -341,6 +343,7 @@ class Following:
             self._wire.abort("the server refused our positions")
 
     def on_syncing(self, frame: Syncing) -> None:
+        """The server says which streams it will replay, and which it cannot."""
         self._wire.answer(frame.ref, frame)
         for name, refused in frame.refused.items():
             stream = self.streams.get(name)
@@ -362,6 +365,7 @@ class Following:
             self.resync()
 
     def on_synced(self, frame: Synced) -> None:
+        """A replay is complete: what follows on the stream is live."""
         stream = self.streams.get(frame.stream)
         if stream is None:
             return
@@ -453,6 +457,7 @@ class Following:
     # ------------------------------------------------------------ what is saved and acknowledged
 
     def send_ack(self) -> None:
+        """Tell the server what this device has, if it is to be told."""
         unacked, self.unacked = self.unacked, {}
         if not self._auto_ack:
             return
@@ -462,6 +467,7 @@ class Following:
             self._wire.transmit(Ack(positions=positions))
 
     def take_mark(self, mark: str) -> None:
+        """Keep a newer mark, now that everything before it has been handled."""
         self.mark = mark
         self._mark_dirty = True
         self._save_soon()

@@ -86,6 +86,10 @@ class SocketBlocked(NotConnected):
     """The host answers, but not with a WebSocket: something between us does not let it through."""
 
 
+# Looked up once: every event passes here.
+_TEXT = picows.WSMsgType.TEXT
+
+
 class _Socket(picows.WSListener):
     """A picows listener that is a Transport."""
 
@@ -107,7 +111,7 @@ class _Socket(picows.WSListener):
 
     def on_ws_frame(self, transport: Any, frame: Any) -> None:
         kind = frame.msg_type
-        if kind == picows.WSMsgType.TEXT and frame.fin:
+        if kind == _TEXT and frame.fin:
             self._on_frame(frame.get_payload_as_bytes())
         elif kind == picows.WSMsgType.CLOSE:
             payload = frame.get_payload_as_bytes()

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import sys
 
-import cyclopts
+try:
+    import cyclopts
+except ModuleNotFoundError:
+    # The package without its extra is the SDK, which has no commands.
+    sys.exit("tidings: this is the SDK alone. The server and its commands: pip install 'tidings[server]'")
 
 app = cyclopts.App(
     name="tidings",

@@ -5,13 +5,22 @@ Fields that hold their default are left out of the JSON. Times are RFC 3339 in U
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta
 
 from . import limits
-from .ids import AppId, ChannelId, Custom, DeviceId, Labels, MessageId, Name, RoleName, Time, TypeName, Url, UserId
+from .ids import Custom, Labels, Name, Time, ToldId, Url
+
+# These are only ever told: what clients send is in `requests` and `commands`, and checked there.
+AppId: TypeAlias = ToldId
+UserId: TypeAlias = ToldId
+ChannelId: TypeAlias = ToldId
+MessageId: TypeAlias = ToldId
+DeviceId: TypeAlias = ToldId
+RoleName: TypeAlias = ToldId
+TypeName: TypeAlias = ToldId
 
 
 class Resource(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):

@@ -45,10 +45,14 @@ class Connection(Peer):
     """One device's connection. Subclasses implement `write` and `end`."""
 
     __slots__ = (
+        "_again",
         "_busy",
         "_catching",
+        "_in_store",
         "_pending",
+        "_room",
         "_stale_actor",
+        "_under",
         "actor",
         "address",
         "ended",
@@ -57,7 +61,6 @@ class Connection(Peer):
         "granted",
         "header_token",
         "last_mark",
-        "left_while_entering",
         "sent_before",
         "session",
         "transport_paused",
@@ -77,7 +80,6 @@ class Connection(Peer):
         self.actor: Actor | None = None
         self.ended = False
         self.entering = False
-        self.left_while_entering: set[int] = set()
         # Of streams that the client has asked for again: how far they had been sent before.
         self.sent_before: dict[int, int] = {}
         self.transport_paused = False
@@ -87,6 +89,12 @@ class Connection(Peer):
         self.typing: dict[int, float] = {}
         self.watching: set[tuple[int, str]] = set()
         self._pending: deque[AnyCommand] = deque()
+        # Sends that were overtaken by a change of access and are to be decided again; sends in the store's queue, and
+        # under which access version of their channel they are.
+        self._again: deque[SendMessage] = deque()
+        self._in_store = 0
+        self._under: dict[str, int] = {}
+        self._room: asyncio.Future[None] | None = None
         self._busy = False
         self._catching: asyncio.Task[None] | None = None
         self._stale_actor = False
@@ -113,6 +121,7 @@ class Connection(Peer):
                     )
                     return
             if self._busy or self._pending:
+                # Bounded by the commands that may be in flight.
                 self._pending.append(command)
             else:
                 self._start(command)
@@ -142,11 +151,14 @@ class Connection(Peer):
         """The transport has room again."""
         self.transport_paused = False
         self.paused = self.entering
+        self._make_room()
         self.fell_behind()
 
     def gone(self) -> None:
         """The transport has ended, by whomever."""
+        self.ended = True
         self.session.closed()
+        self._make_room()
         self._pending.clear()
         if self._catching is not None:
             self._catching.cancel()
@@ -155,39 +167,63 @@ class Connection(Peer):
     # ------------------------------------------------------------ commands
 
     def _start(self, command: AnyCommand) -> None:
-        kind = type(command)
-        if not self._stale_actor:
-            if kind is SendMessage and self._send_now(command):  # type: ignore[arg-type]
-                return
-            if kind is Ping:
-                self._pong(command.ref)
-                return
-            if kind is Ack:
-                self._ack(command)  # type: ignore[arg-type]
-                return
-        self._busy = True
-        self.gateway.tasks.spawn(self._run(command), "command")
+        if not self._now(command):
+            self._busy = True
+            self.gateway.tasks.spawn(self._run(command), "commands")
 
-    async def _run(self, command: AnyCommand) -> None:
+    def _now(self, command: AnyCommand) -> bool:
+        """Do at once what needs no waiting; False if the command has to be waited for."""
+        if self._stale_actor or self._again or self.transport_paused:
+            return False
+        kind = type(command)
+        if kind is SendMessage:
+            return self._send_now(command)  # type: ignore[arg-type]
+        if kind is Ping:
+            self._pong(command.ref)
+            return True
+        if kind is Ack:
+            self._ack(command)  # type: ignore[arg-type]
+            return True
+        return False
+
+    async def _run(self, command: AnyCommand | None) -> None:
+        """Commands that have to be waited for, one after the other, with what has come behind them."""
         try:
-            while True:
-                await self._execute(command)
-                # What came meanwhile: hot commands go on without a task of their own.
+            while not self.ended:
+                # Whoever does not read replies gets no more of them.
+                while self.transport_paused and not self.ended:
+                    await self._wait_for_room()
+                # What is on its way to the store comes first, and of that, what has to be sent again.
+                while (self._in_store or self._again) and not self.ended:
+                    if self._in_store:
+                        await self._wait_for_room()
+                    elif self._again:
+                        await self._execute(self._again.popleft())
+                if command is not None and not self.ended:
+                    await self._execute(command)
+                command = None
                 self._busy = False
-                while self._pending and not self._busy and self.session.state is not State.CLOSED:
+                while self._pending and not self._busy and not self.ended:
                     following = self._pending.popleft()
-                    kind = type(following)
-                    if not self._stale_actor and (
-                        (kind is SendMessage and self._send_now(following))  # type: ignore[arg-type]
-                        or (kind is Ping and self._pong(following.ref))
-                    ):
-                        continue
-                    command = following
-                    self._busy = True
+                    if not self._now(following):
+                        command = following
+                        self._busy = True
                 if not self._busy:
-                    return
+                    if not self._again:
+                        return
+                    self._busy = True
         finally:
             self._busy = False
+
+    async def _wait_for_room(self) -> None:
+        if self._room is None:
+            self._room = asyncio.get_running_loop().create_future()
+        await self._room
+
+    def _make_room(self) -> None:
+        room, self._room = self._room, None
+        if room is not None and not room.done():
+            room.set_result(None)
 
     async def _execute(self, command: AnyCommand) -> None:
         ref = command.ref
@@ -230,12 +266,17 @@ class Connection(Peer):
         ref, channel = command.ref, command.channel
 
         def done(outcome: Appended | Exception) -> None:
+            self._in_store -= 1
             if type(outcome) is Appended:
                 self.session.answered()
                 self.sent(ref, channel, outcome)
             elif isinstance(outcome, Stale):
+                # Who may do what has changed meanwhile: decide again, in the order of sending, before what follows.
                 self.gateway.access.forget_channel(actor.app.app, channel)
-                self.gateway.tasks.spawn(self._execute(command), "send again")
+                self._again.append(command)
+                if not self._busy and not self.ended:
+                    self._busy = True
+                    self.gateway.tasks.spawn(self._run(None), "send again")
             elif isinstance(outcome, Refusal):
                 self.session.answered()
                 self.refuse(outcome, ref)
@@ -243,14 +284,26 @@ class Connection(Peer):
                 self.session.answered()
                 log.error("append_failed", session=self.id, exc_info=outcome)
                 self.refuse(Refusal("internal", "Something went wrong on our side; it has been logged."), ref)
+            if not self._in_store:
+                self._under.clear()
+                self._make_room()
 
         try:
-            taken: bool = self.gateway.messages.send_now(actor, channel, draft_of(command), command.key, done)
+            # Sends of one channel that are on their way together were decided under the same access version, so that
+            # either none or all that follow have to be decided again.
+            version = self.gateway.messages.send_now(
+                actor, channel, draft_of(command), command.key, done, self._under.get(channel, 0)
+            )
         except Refusal as refusal:
+            if self._in_store:
+                return False
             self.session.answered()
             self.refuse(refusal, ref)
             return True
-        return taken
+        if version:
+            self._in_store += 1
+            self._under[channel] = version
+        return bool(version)
 
     def _pong(self, ref: int | None) -> bool:
         self.session.answered()
@@ -270,10 +323,12 @@ class Connection(Peer):
             self.gateway.done(self, command.ref)
 
     async def _refresh(self) -> None:
-        assert self.granted is not None
+        granted = self.granted
+        assert granted is not None
+        fresh = await self.gateway.services.auth.recheck(granted)
+        if self.granted is granted:
+            self.granted, self.actor = fresh, fresh.actor
         self._stale_actor = False
-        self.granted = await self.gateway.services.auth.recheck(self.granted)
-        self.actor = self.granted.actor
 
     # ------------------------------------------------------------ to the transport
 
@@ -308,6 +363,7 @@ class Connection(Peer):
             return
         self.ended = True
         self.session.closed()
+        self._make_room()
         self.gateway.hub.push(self, render_error(refusal, ref))
         self.gateway.hub.flush()
         self.gateway.counted_close(refusal.code)
@@ -347,9 +403,8 @@ class Connection(Peer):
 
     def unsubscribed(self, stream: Stream) -> None:
         self.sent_before.pop(stream.sid, None)
-        self.typing.pop(stream.sid, None)
-        if self.entering:
-            self.left_while_entering.add(stream.sid)
+        if self.typing.pop(stream.sid, None) is not None:
+            self.gateway.typing_ended(self, stream.sid)
 
     def revoked(self, notice: Revoked) -> None:
         session = self.session
@@ -357,9 +412,11 @@ class Connection(Peer):
             return
         if notice.device is not None and notice.device != self.device:
             return
-        if notice.jti is not None and notice.jti != session.jti:
+        granted = self.granted
+        issued_at, jti = (granted.issued_at_ms, granted.jti) if granted is not None else (None, None)
+        if notice.jti is not None and notice.jti != jti:
             return
-        if notice.before_ms is not None and (session.issued_at_ms is None or session.issued_at_ms >= notice.before_ms):
+        if notice.before_ms is not None and (issued_at is None or issued_at >= notice.before_ms):
             # Credentials that do not say when they were issued (a backend's key) are not a user's token.
             return
         self.close(Refusal(notice.code, "The credentials of this connection were withdrawn."))

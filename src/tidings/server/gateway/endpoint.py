@@ -102,6 +102,10 @@ class SocketListener(WSListener):
         if connection is None:
             return
         kind = frame.msg_type
+        if frame.rsv1 or frame.rsv2 or frame.rsv3:
+            # RFC 6455 5.2: no extension was agreed on that would give them a meaning.
+            connection.close(Refusal("invalid", "Reserved bits are set in a frame."))
+            return
         if kind == _TEXT and frame.fin and self._fragments is None:
             connection.receive(frame.get_payload_as_bytes())
             return

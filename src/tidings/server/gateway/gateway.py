@@ -14,7 +14,7 @@ from tidings.server.clock import Clock, Ids
 from tidings.server.config import Config
 from tidings.server.domain.limits import Limiter
 from tidings.server.domain.permissions import Permission
-from tidings.server.errors import NotFound, Refusal
+from tidings.server.errors import Forbidden, NotFound, Refusal, StoreUnavailable
 from tidings.server.services import Services
 from tidings.server.services.access import Actor
 from tidings.server.services.apps import AppContext
@@ -74,6 +74,11 @@ log = get_logger(__name__)
 
 # Events read from the log at a time: 200 KB of common messages, a few milliseconds of a reader.
 CATCH_UP_PAGE: Final = 500
+# Large messages come in smaller pages: this many at least, and about so many bytes, a quarter of a slow reader's bound.
+CATCH_UP_PAGE_MIN: Final = 16
+CATCH_UP_BYTES: Final = 262_144
+# How long to wait for a store that cannot be read, seconds.
+CATCH_UP_RETRY_SECONDS: Final = 0.25
 # Connections that read the log at the same time; the others wait, so that a reconnect storm shares the readers fairly.
 CATCH_UPS_MAX: Final = 8
 # How often connections are looked at for silence and expiry, seconds: half the precision of the shortest limit.
@@ -136,6 +141,8 @@ class Gateway:
         self._catch_ups = asyncio.Semaphore(CATCH_UPS_MAX)
         # Devices that connected since they were last written.
         self._devices: dict[tuple[int, str, str], tuple[AppContext, DeviceInfo]] = {}
+        self._to_recheck: dict[Connection, None] = {}
+        self._rechecking: asyncio.Task[None] | None = None
         self._seen_devices: dict[tuple[int, str, str], Connection] = {}
         self.session_limits = SessionLimits(
             auth_timeout_seconds=config.auth_timeout_seconds,
@@ -203,19 +210,33 @@ class Gateway:
         self.hub.recheck(await self.sync.heads_of(sids))
 
     def recheck(self, connection: Connection) -> None:
-        """See whether the connection's credentials still count, in the background."""
+        """See whether the connection's credentials still count, in the background, one after the other."""
         if connection.session.state is State.OPEN:
-            self.tasks.spawn(self._still_welcome(connection), "still welcome")
+            self._to_recheck[connection] = None
+            if self._rechecking is None or self._rechecking.done():
+                self._rechecking = self.tasks.spawn(self._recheck_all(), "recheck credentials")
 
-    async def _still_welcome(self, connection: Connection) -> None:
-        if connection.granted is None:
-            return
-        try:
-            connection.granted = await self.services.auth.recheck(connection.granted)
-            connection.actor = connection.granted.actor
-        except Refusal as refusal:
-            if refusal.code != "unavailable":
-                connection.close(refusal)
+    async def _recheck_all(self) -> None:
+        while self._to_recheck:
+            connection = next(iter(self._to_recheck))
+            del self._to_recheck[connection]
+            granted = connection.granted
+            if granted is None or connection.ended:
+                continue
+            try:
+                fresh = await self.services.auth.recheck(granted)
+            except Refusal as refusal:
+                if refusal.code == "unavailable":
+                    self._to_recheck[connection] = None
+                    await asyncio.sleep(TICK_SECONDS)
+                else:
+                    connection.close(refusal)
+                continue
+            if connection.granted is granted:
+                connection.granted, connection.actor = fresh, fresh.actor
+            if fresh.actor.app.blind_roles or connection.guarded:
+                connection.guarded = fresh.actor.app.blind_roles
+                self.hub.guard(connection, list(connection.streams))
 
     # ------------------------------------------------------------ connections
 
@@ -260,7 +281,7 @@ class Gateway:
         self.metrics.connections.dec()
         if connection.user:
             for sid in connection.typing:
-                self._typing_ended(connection, sid)
+                self.typing_ended(connection, sid)
             self.hub.exit(connection)
             self.presence.vanished(connection)
             key = (connection.app, connection.user, connection.device)
@@ -312,6 +333,13 @@ class Gateway:
             raise
         if connection.ended:
             return
+        # What was revoked before the hub knew us was not told to us: ask again, now that nothing can be missed.
+        credentials = {"app_hint": command.app, "device": device.id, "session": connection.id}
+        granted = auth.authenticate_now(token, **credentials) or await auth.authenticate(token, **credentials)
+        actor = granted.actor
+        if connection.ended or actor.user is None:
+            return
+        connection.granted, connection.actor = granted, actor
         connection.session.connected(
             self.clock.monotonic(),
             expires_at=self._expiry(granted.expires_at_ms),
@@ -338,7 +366,7 @@ class Gateway:
                     moved[name] = Head(stream=name, epoch=stream.epoch, head=stream.head)
                 if name in moved:
                     connection.behind[sid] = None
-        connection.left_while_entering.clear()
+        self.hub.settled(connection)
         refused: dict[str, StreamRefused] = {}
         for name in command.positions:
             if name in sids:
@@ -351,6 +379,7 @@ class Gateway:
             # The first page comes here; the client takes the rest with `heads`, from the same mark.
             more = f"0.{entry.mark}"
             heads = []
+        connection.guarded = actor.app.blind_roles
         connection.last_mark = entry.mark
         connection.entering = False
         connection.paused = connection.transport_paused
@@ -381,6 +410,8 @@ class Gateway:
         connection.visible = command.presence == "online"
         self.presence.appeared(connection)
         connection.session.answered()
+        if connection.guarded:
+            self.hub.guard(connection, list(connection.streams))
         if command.positions:
             refused.update(
                 await self._resume(
@@ -424,6 +455,7 @@ class Gateway:
         """Stream what the connection is behind on, page by page, as fast as it takes it, and switch it to live."""
         handles: dict[int, StreamHandle] = {}
         behind = connection.behind
+        size = CATCH_UP_PAGE_MIN * 4
         while connection.session.state is State.OPEN and not connection.paused:
             sid = next((sid for sid, position in behind.items() if position is not None), None)
             if sid is None:
@@ -433,22 +465,35 @@ class Gateway:
             if stream is None or position is None:
                 behind.pop(sid, None)
                 continue
-            if position >= stream.head:
+            if position >= stream.head and (sid in handles or not connection.guarded):
                 # Nothing is awaited between this comparison and the switch: what comes next is live.
                 del behind[sid]
                 connection.sent_before.pop(sid, None)
                 connection.send(encode(Synced(stream=stream.name, epoch=stream.epoch, seq=stream.head)))
                 continue
-            handle = handles.get(sid)
-            if handle is None:
-                try:
+            try:
+                handle = handles.get(sid)
+                if handle is None:
                     assert connection.actor is not None
                     handle = handles[sid] = await self.sync.handle(connection.actor, stream.name)
-                except NotFound:
-                    behind.pop(sid, None)
                     continue
-            async with self._catch_ups:
-                page = await self.sync.read(handle, position, CATCH_UP_PAGE)
+                async with self._catch_ups:
+                    page = await self.sync.read(handle, position, size)
+            except (NotFound, Forbidden):
+                # They may not read it any more: they do not listen to it either.
+                self.hub.leave(connection, sid)
+                continue
+            except StoreUnavailable:
+                await asyncio.sleep(CATCH_UP_RETRY_SECONDS)
+                continue
+            except Exception as error:
+                # A row that cannot be read must not keep the other streams waiting, nor be tried for ever.
+                log.error("catch_up_failed", stream=stream.name, after=position, exc_info=error)
+                if sid in behind:
+                    behind[sid] = None
+                    refused = StreamRefused("internal", "The stream cannot be read here; it has been logged.")
+                    connection.send(encode(Syncing(streams=[], refused={stream.name: refused})))
+                continue
             # The world has moved while we read: a removed member gets nothing of the page.
             if connection.streams.get(sid) is not stream or behind.get(sid) != position:
                 continue
@@ -456,10 +501,22 @@ class Gateway:
                 # The announcement came before the snapshot shows it, or nothing is left to show: look again shortly.
                 await asyncio.sleep(0.05)
                 continue
-            for _, payload in page.events:
+            # A commit can be read before it is announced: what is above the head comes live, and must not come twice.
+            events = [event for event in page.events if event[0] <= stream.head]
+            if not events:
+                await asyncio.sleep(0.05)
+                continue
+            sent = 0
+            for _, payload in events:
                 connection.send(payload)
-            behind[sid] = page.events[-1][0]
-            self.metrics.catch_up_events.inc(len(page.events))
+                sent += len(payload)
+            # Pages of about the same number of bytes, whatever the size of the messages.
+            if sent > CATCH_UP_BYTES:
+                size = max(CATCH_UP_PAGE_MIN, size // 2)
+            elif sent < CATCH_UP_BYTES // 2:
+                size = min(CATCH_UP_PAGE, size * 2)
+            behind[sid] = events[-1][0]
+            self.metrics.catch_up_events.inc(len(events))
             # Others get their turn with this connection's next stream.
             behind[sid] = behind.pop(sid)
             self.hub.flush()
@@ -642,7 +699,7 @@ class Gateway:
         if not command.on:
             if last is not None:
                 del connection.typing[sid]
-                self._typing_ended(connection, sid)
+                self.typing_ended(connection, sid)
             return
         if last is not None and now - last < TYPING_SECONDS:
             return
@@ -656,7 +713,8 @@ class Gateway:
             )
         )
 
-    def _typing_ended(self, connection: Connection, sid: int) -> None:
+    def typing_ended(self, connection: Connection, sid: int) -> None:
+        """Tell the channel that the connection's user types no more."""
         stream = self.hub.streams.get(sid)
         if stream is not None:
             self.bus.publish(

@@ -116,7 +116,7 @@ class HttpConnection(Connection):
         """The client has everything up to `after`. Raises Refusal when it never got that."""
         if after >= self._next:
             raise Refusal("position_ahead", f"This session has sent {self._next - 1} frames.", field="after")
-        if self._kept and after < self._kept[0][0] - 1:
+        if after < (self._kept[0][0] if self._kept else self._next) - 1:
             raise Refusal("session_unknown", "Those frames are gone: open a new session.", field="after")
         while self._kept and self._kept[0][0] <= after:
             self._bytes -= len(self._kept.popleft()[1])
@@ -161,7 +161,11 @@ def http_routes(gateway: Gateway) -> list[Any]:
     async def authorised(request: Request[Any, Any, Any], session: str) -> HttpConnection:
         """The session, for its own user only: knowing its id is not enough."""
         connection = gateway.http_sessions.get(session)
-        granted = await gateway.services.auth.authenticate(_bearer(request) or "")
+        known = connection.actor if connection is not None else None
+        granted = await gateway.services.auth.authenticate(
+            _bearer(request) or "",
+            app_hint=request.headers.get("tidings-app") or (None if known is None else known.app.id),
+        )
         actor = granted.actor
         if connection is None or connection.user != actor.user or connection.app != actor.app.app:
             raise Refusal("session_unknown", "There is no such session: open a new one.")

@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from tidings.server.bus.base import AccessChanged, Joined, Left, Notice, Published, Revoked, Signal
+from tidings.server.telemetry import get_logger
+
+log = get_logger(__name__)
 
 # How long a published seq of a stream nobody listened to is remembered, seconds: a connection that reads its
 # memberships in that time learns of what was committed after its snapshot.
@@ -34,7 +37,20 @@ def frame(payload: bytes) -> bytes:
 class Peer:
     """One connection as the hub sees it. Subclasses write bytes somewhere."""
 
-    __slots__ = ("__weakref__", "app", "behind", "device", "id", "out", "own", "paused", "streams", "user")
+    __slots__ = (
+        "__weakref__",
+        "app",
+        "behind",
+        "device",
+        "guarded",
+        "id",
+        "left_while_entering",
+        "out",
+        "own",
+        "paused",
+        "streams",
+        "user",
+    )
 
     # Whether `write` takes joined frames; else every payload goes to `write_one`.
     framed = True
@@ -52,6 +68,10 @@ class Peer:
         self.behind: dict[int, int | None] = {}
         self.streams: dict[int, Stream] = {}
         self.own: Stream | None = None
+        # Whether being a member is not enough to hear a channel: then it is read from the log first, which asks.
+        self.guarded = False
+        # Streams that stopped being theirs while their memberships were being read.
+        self.left_while_entering: set[int] = set()
 
     def write(self, data: bytes) -> None:
         """Hand frames to the transport. Must not raise and must not block."""
@@ -102,6 +122,8 @@ class Hub:
         # Channels' streams by their public name; own streams (`@me`) are not here.
         self.named: dict[tuple[int, str], Stream] = {}
         self.users: dict[tuple[int, str], set[Peer]] = {}
+        # Peers between `enter` and the end of their snapshot.
+        self.entering: set[Peer] = set()
         self._dirty: list[Peer] = []
         # Seqs published lately, in two generations.
         self._recent: dict[int, int] = {}
@@ -151,11 +173,18 @@ class Hub:
             self._remember(sid, stream.head)
 
     def enter(self, peer: Peer) -> None:
-        """Register a peer under its user."""
+        """Register a peer under its user, before its memberships are read: `settled` says that they are in place."""
+        self.entering.add(peer)
         self.users.setdefault((peer.app, peer.user), set()).add(peer)
+
+    def settled(self, peer: Peer) -> None:
+        """The peer's memberships are in place."""
+        self.entering.discard(peer)
+        peer.left_while_entering.clear()
 
     def exit(self, peer: Peer) -> None:
         """Forget a peer: it gets nothing more."""
+        self.entering.discard(peer)
         for sid in list(peer.streams):
             self.leave(peer, sid)
         key = (peer.app, peer.user)
@@ -186,15 +215,20 @@ class Hub:
                 continue
             count = len(out)
             frames += count
-            if count == 1:
-                # The common case: the transport writes it to the socket at once, header and all.
-                peer.write_one(out[0][0])
-            elif peer.framed:
-                peer.write(b"".join([framed for _, framed in out]))
-            else:
-                for payload, _ in out:
-                    peer.write_one(payload)
-            out.clear()
+            try:
+                if count == 1:
+                    # The common case: the transport writes it to the socket at once, header and all.
+                    peer.write_one(out[0][0])
+                elif peer.framed:
+                    peer.write(b"".join([framed for _, framed in out]))
+                else:
+                    for payload, _ in out:
+                        peer.write_one(payload)
+            except Exception as error:
+                # One broken transport must not keep the others from their frames.
+                log.warning("write_failed", session=peer.id, error=type(error).__name__)
+            finally:
+                out.clear()
         if self._on_flush is not None:
             self._on_flush(len(dirty), frames)
 
@@ -211,17 +245,20 @@ class Hub:
             for peer in list(self.users.get((notice.app, notice.user), ())):
                 if notice.sid not in peer.streams:
                     stream = self.join(peer, notice.sid, notice.channel, notice.epoch, notice.head)
-                    if stream.head > notice.head:
+                    if stream.head > notice.head or peer.guarded:
                         peer.behind[notice.sid] = notice.head
                         peer.fell_behind()
                     peer.subscribed(stream)
         elif isinstance(notice, Left):
             if notice.user is None:
                 stream_left = self.streams.get(notice.sid)
-                peers: Iterable[Peer] = list(stream_left.peers) if stream_left is not None else []
+                peers: Iterable[Peer] = [*(stream_left.peers if stream_left is not None else ()), *self.entering]
             else:
                 peers = list(self.users.get((notice.app, notice.user), ()))
             for peer in peers:
+                # Whoever is just entering has an older snapshot, in which the stream is still theirs.
+                if peer in self.entering:
+                    peer.left_while_entering.add(notice.sid)
                 left = peer.streams.get(notice.sid)
                 if left is not None:
                     self.leave(peer, notice.sid)
@@ -299,7 +336,21 @@ class Hub:
                 dirty.append(peer)
             peer.out.append(entry)
 
+    def guard(self, peer: Peer, sids: Iterable[int]) -> None:
+        """Send nothing more on these streams until the log was asked whether the peer may read them."""
+        for sid in sids:
+            stream = peer.streams.get(sid)
+            if stream is not None and stream.name != OWN and sid not in peer.behind:
+                peer.behind[sid] = stream.head
+        peer.fell_behind()
+
     def _access_changed(self, notice: AccessChanged) -> None:
+        if notice.sid is not None:
+            stream = self.streams.get(notice.sid)
+            if stream is not None:
+                for peer in list(stream.peers):
+                    if peer.guarded:
+                        self.guard(peer, (notice.sid,))
         if notice.user is not None:
             for peer in list(self.users.get((notice.app, notice.user), ())):
                 peer.access_changed()

@@ -115,6 +115,8 @@ class PresenceBoard:
 
         known = await self._store.read(unit)
         self.unwatch(connection)
+        if connection.ended:
+            return []
         found = []
         for user in wanted:
             if user not in known:

@@ -148,21 +148,14 @@ class Session:
         try:
             command = decode_command(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            return self._unreadable(data, error)
+            return self._unreadable(data, error, now)
         self._garbage = 0
         if state is State.OPEN:
             if isinstance(command, Connect):
                 return Answer(Refusal("conflict", "This connection is connected already."), command.ref)
-            wait = self._commands.take(now)
-            if wait:
-                return Answer(
-                    Refusal(
-                        "rate_limited",
-                        f"At most {self.limits.commands_per_second:g} commands a second.",
-                        retry_after_ms=int(wait * 1000) + 1,
-                    ),
-                    command.ref,
-                )
+            limited = self._limited(now)
+            if limited is not None:
+                return Answer(limited, command.ref)
             if self.in_flight >= self.limits.in_flight_max and not isinstance(command, Ping):
                 return Answer(
                     Refusal(
@@ -186,6 +179,7 @@ class Session:
         if not isinstance(command, Connect):
             return self._close(Refusal("unauthenticated", "The first frame must be `connect`."), command.ref)
         self.state = State.CONNECTING
+        self.in_flight += 1
         return Run(command)
 
     def control(self, now: float) -> Close | None:
@@ -246,10 +240,21 @@ class Session:
         self.state = State.CLOSED
         return Close(refusal, ref)
 
-    def _unreadable(self, data: bytes, error: Exception) -> Action:
+    def _limited(self, now: float) -> Refusal | None:
+        """Take one command's worth of the rate."""
+        wait = self._commands.take(now)
+        if not wait:
+            return None
+        return Refusal(
+            "rate_limited",
+            f"At most {self.limits.commands_per_second:g} commands a second.",
+            retry_after_ms=int(wait * 1000) + 1,
+        )
+
+    def _unreadable(self, data: bytes, error: Exception, now: float) -> Action:
         if self.state is State.OPEN and isinstance(error, msgspec.ValidationError):
-            ref = _ref_of(data)
-            return Answer(refusal_of(error), ref)
+            # Finding out what is wrong with a command costs no less than running it.
+            return Answer(self._limited(now) or refusal_of(error), _ref_of(data))
         refusal = refusal_of(error)
         self._garbage += 1
         if self.state is not State.OPEN or self._garbage >= GARBAGE_MAX:

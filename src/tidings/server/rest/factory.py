@@ -46,7 +46,8 @@ def create_rest_app(
     `route_handlers` are further Litestar routes, which get the same headers and problem documents but no
     authentication.
     """
-    limiter = limiter or Limiter(Rate(config.rest_rate_per_second, config.rest_burst))
+    if limiter is None:  # Not `or`: a limiter that nobody has used yet is empty, and empty is false.
+        limiter = Limiter(Rate(config.rest_rate_per_second, config.rest_burst))
     problems = ProblemHandler(metrics)
     found = all_operations(config, metrics, asyncapi)
 

@@ -195,7 +195,7 @@ async def delete(call: Call[DeleteQuery, None]) -> Changed:
 
 @operation("messages.versions", "GET", _MESSAGE + "/versions", "Read a message's versions", reply=Page[MessageVersion])
 async def versions(call: Call[None, None]) -> Page[MessageVersion]:
-    """The original first. For the author and for those with `message.versions`."""
+    """The original first. For the author until the message is deleted, and for those with `message.versions`."""
     return Page(await call.services.messages.versions(call.actor, call.path["channel"], call.path["message"]))
 
 

@@ -17,6 +17,8 @@ from tidings.server.domain.permissions import (
     NONE,
     PUBLIC_GRANTS,
     Grants,
+    Permission,
+    bit,
     grants_of,
 )
 from tidings.server.errors import NotFound
@@ -61,6 +63,9 @@ class AppContext:
     channel_roles: dict[str, Grants]
     relation_roles: dict[str, Grants]
     types: dict[str, CompiledType]
+    # Whether there are roles in a channel that may not read it: then membership alone says nothing, and everyone's
+    # access is looked at before they hear a channel live.
+    blind_roles: bool
     # Signing keys, identity providers: rows as stored, made into a verifier's input by `services.tokens`.
     signing: tuple[tuple[Any, ...], ...]
     providers: tuple[tuple[Any, ...], ...]
@@ -200,6 +205,7 @@ def compile_app(
         masks["channel"],
         masks["relation"],
         compiled,
+        any(not grants & bit(Permission.CHANNEL_READ) for one in compiled.values() for grants in one.grants.values()),
         signing,
         providers,
         cipher,

@@ -159,26 +159,37 @@ class Messages:
     # ------------------------------------------------------------ sending
 
     def send_now(
-        self, actor: Actor, channel_id: str, draft: Draft, key: str, done: Callable[[Appended | Exception], None]
-    ) -> bool:
-        """Send from memory, without waiting: False if that cannot be decided here, then `send` must be used.
+        self,
+        actor: Actor,
+        channel_id: str,
+        draft: Draft,
+        key: str,
+        done: Callable[[Appended | Exception], None],
+        version: int = 0,
+    ) -> int:
+        """Send from memory, without waiting: 0 if that cannot be decided here, then `send` must be used; else the
+        access version under which it was decided.
 
         `done` gets `Appended` after the commit and before anybody hears of the message, or the exception (`Stale`
-        means: use `send`). What would be refused is left to `send`, too: it may be the retry of a stored message.
+        means: use `send`). With `version`, only under that one. What would be refused is left to `send`, too: it may be
+        the retry of a stored message.
         """
         if draft.reply_to is not None:
-            return False
+            return 0
         access = self._access.cached(actor, channel_id)
         if access is None:
-            return False
+            return 0
+        decided: int = access.channel.access_version
+        if version and decided != version:
+            return 0
         if not access.grants & _SEND:
-            return False
+            return 0
         try:
             check_draft(access, draft)
         except Refusal:
-            return False
+            return 0
         self._submit(access, draft, key, done)
-        return True
+        return decided
 
     async def send(
         self,
@@ -545,7 +556,7 @@ class Messages:
         return await self._store.read(unit)
 
     async def versions(self, actor: Actor, channel_id: str, message_id: str) -> list[MessageVersion]:
-        """Every version of a message, the original first: for its author and for `message.versions`."""
+        """Every version, the original first: for `message.versions`, and for the author until it is deleted."""
         access = await self._access.channel(actor, channel_id, P.CHANNEL_READ)
         channel = access.channel
 

@@ -85,10 +85,12 @@ def make_mark(now_ms: int) -> str:
 def read_mark(mark: str) -> int:
     """The moment of a mark, ms. Raises Refusal."""
     try:
-        if not 1 <= len(mark) <= 64:
-            raise ValueError
         # Marks of `GET /v1/sync` also carry what was told.
-        return int(mark.partition(".")[0], 16)
+        moment = mark.partition(".")[0]
+        # int() would take signs, blanks and underscores, too.
+        if not 1 <= len(moment) <= 16 or not all(digit in "0123456789abcdef" for digit in moment):
+            raise ValueError
+        return int(moment, 16)
     except ValueError:
         raise Refusal("cursor_invalid", "`since` is not a mark of this server.", field="since") from None
 
