@@ -215,7 +215,11 @@ class Receipts:
         return self._tell_own(actor, channel_id, counts)
 
     async def mark_unread(self, actor: Actor, channel_id: str, seq: int) -> Unread:
-        """Count everything from `seq` on as unread until the channel is read again. Positions stay (G6)."""
+        """Count everything from `seq` on as unread until the channel is read again. Positions stay (G6).
+
+        Marking only ever adds: what is unread stays so, also what stands before `seq`. The mark lies at the earlier of
+        `seq` and where the unread begins, and never at what the member may not see.
+        """
         access = await self._member(actor, channel_id)
         channel, now = access.channel, self._clock.now_ms()
 
@@ -228,9 +232,20 @@ class Receipts:
                     field="seq",
                     bound=head[0] if head else 0,
                 )
+            member = await tx.one(
+                "SELECT m.read, m.marked_from, m.joined_seq FROM members m WHERE m.app=? AND m.sid=? AND m.user=?"
+                + tx.for_update,
+                channel.app,
+                channel.sid,
+                actor.user,
+            )
+            if member is None:
+                raise NotFound("channel", field="channel")
+            position, marked, joined = member
+            floor = max(channel.floor, joined) if channel.type.definition.history == "since_join" else channel.floor
             await tx.execute(
                 "UPDATE members SET marked_from=?, moved_at=? WHERE app=? AND sid=? AND user=?",
-                seq,
+                max(floor + 1, min(seq, position + 1 if marked is None else marked)),
                 now,
                 channel.app,
                 channel.sid,
