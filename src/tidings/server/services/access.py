@@ -309,6 +309,11 @@ class AccessService:
             view.users[actor.user] = member
         return Access(actor, view, member, Grants(actor.grants | member.grants))
 
+    async def type_of(self, app: int, name: str) -> CompiledType:
+        """A channel type of the app numbered `app`, as it is now. Raises NotFound."""
+        found = await self._apps.numbered(app)
+        return found.types.get(name) or found.types["group"]
+
     async def cipher(self, app: AppContext, sid: int, key: WrappedStreamKey) -> StreamCipher:
         """The cipher of a stream, reading the keys of its app again if another process has rotated them."""
         try:
