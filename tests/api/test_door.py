@@ -14,6 +14,7 @@ import pytest
 from tidings.server.config import Config
 from tidings.server.rest.examples import example_of
 from tidings.server.rest.factory import all_operations
+from tidings.server.services.sync import POLLS_PER_USER_MAX
 from tidings.server.telemetry import Metrics, setup_logging
 
 from .world import World, open_world
@@ -256,12 +257,12 @@ async def test_a_long_poll_answers_when_something_happens(world: World, channel:
     head = (await world.ok("alice", "GET", f"/v1/channels/{channel}/events?limit=200"))["head"]
     path = f"/v1/channels/{channel}/events?after={head}&wait=25"
     waiting = asyncio.create_task(world.ok("alice", "GET", path))
-    while not world.services.sync._waiters:
+    while not world.services.sync.polls:
         await asyncio.sleep(0)
     sent = await world.send("alice", channel, "news")
     found = await waiting
     assert [(event["seq"], event["data"]["text"]) for event in found["events"]] == [(sent["seq"], "news")]
-    assert not world.services.sync._waiters
+    assert not world.services.sync.polls
 
 
 async def test_a_long_poll_for_what_moved_does_not_take_its_own_answer_for_news(world: World, channel: str) -> None:
@@ -269,7 +270,7 @@ async def test_a_long_poll_for_what_moved_does_not_take_its_own_answer_for_news(
     first = await world.ok("alice", "GET", "/v1/sync")
     again = await world.ok("alice", "GET", f"/v1/sync?since={first['mark']}")
     waiting = asyncio.create_task(world.ok("alice", "GET", f"/v1/sync?since={again['mark']}&wait=25"))
-    while not world.services.sync._waiters:
+    while not world.services.sync.polls:
         await asyncio.sleep(0)
     sent = await world.send("alice", channel)
     assert {one["stream"]: one["head"] for one in (await waiting)["moved"]}[channel] == sent["seq"]
@@ -294,11 +295,11 @@ async def test_a_long_poll_ends_with_the_client_and_with_the_server(world: World
 
     gone = asyncio.create_task(world.rest(scope, receive, send))  # type: ignore[arg-type]
     stays = asyncio.create_task(world.ok("alice", "GET", path))
-    while sum(map(len, world.services.sync._waiters.values())) < 2:
+    while world.services.sync.polls < 2:
         await asyncio.sleep(0)
     leaves.set()
     await gone
-    assert sum(map(len, world.services.sync._waiters.values())) == 1
+    assert world.services.sync.polls == 1
     world.draining = True
     world.services.sync.wake_all()
     assert (await stays)["events"] == []
@@ -338,3 +339,130 @@ async def test_metrics_are_for_the_neighbourhood(
         await world.call("backend", "GET", "/v1/users/nobody")
         text = (await world.http.get("/metrics")).text
         assert 'tidings_rest_requests_total{route="/v1/users/{user}",status="404"} 1.0' in text
+
+
+class Slow:
+    """A request whose body comes in pieces, when the test says so."""
+
+    def __init__(self, *pieces: bytes) -> None:
+        self._pieces = pieces
+        self.reading = asyncio.Event()
+        self.more = asyncio.Event()
+
+    async def __aiter__(self) -> Any:
+        first, *rest = self._pieces
+        yield first
+        self.reading.set()
+        await self.more.wait()
+        for piece in rest:
+            yield piece
+
+
+async def slow_send(world: World, who: str, channel: str, meanwhile: Any) -> httpx.Response:
+    """Send a message whose body is held back while `meanwhile` happens."""
+    body = Slow(b'{"text":"late",', b'"key":"late-1"}')
+    headers = {**world.as_(who), "content-type": "application/json"}
+    path = f"/v1/channels/{channel}/messages"
+    transport = httpx.ASGITransport(world.rest)
+    async with httpx.AsyncClient(transport=transport, base_url="http://t") as http:
+        sending = asyncio.create_task(http.post(path, content=body, headers=headers))
+        await body.reading.wait()
+        await meanwhile()
+        body.more.set()
+        return await sending
+
+
+@pytest.mark.parametrize("how", ["deactivated", "revoked", "expired", "role"])
+async def test_a_held_back_body_is_judged_by_what_holds_when_it_is_complete(
+    world: World, channel: str, how: str
+) -> None:
+    async def meanwhile() -> None:
+        match how:
+            case "deactivated":
+                await world.ok("backend", "POST", "/v1/users/alice/deactivate")
+            case "revoked":
+                world.clock.advance(2)
+                await world.ok("backend", "POST", "/v1/users/alice/tokens/revoke", {})
+            case "expired":
+                world.clock.advance(3600 + 60)
+            case _:
+                await world.ok("backend", "PUT", "/v1/app/roles/channel/member", {"grants": ["channel.read"]})
+
+    reply = await slow_send(world, "alice", channel, meanwhile)
+    code = {"deactivated": "user_deactivated", "revoked": "token_revoked", "expired": "token_expired"}.get(
+        how, "forbidden"
+    )
+    assert reply.json()["code"] == code
+    history = await world.ok("backend", "GET", f"/v1/channels/{channel}/messages")
+    assert history["messages"] == []
+
+
+async def test_an_api_key_that_is_revoked_while_its_request_arrives_does_nothing(world: World, channel: str) -> None:
+    made = await world.ok("backend", "POST", "/v1/app/keys", {"name": "spare", "scopes": ["*"]})
+    world.credentials["spare"] = {"authorization": f"Bearer {made['secret']}"}
+
+    async def meanwhile() -> None:
+        await world.ok("backend", "DELETE", f"/v1/app/keys/{made['id']}")
+
+    assert (await slow_send(world, "spare", channel, meanwhile)).json()["code"] == "key_invalid"
+
+
+async def test_a_long_poll_tells_nothing_to_who_was_deactivated_while_it_waited(world: World, channel: str) -> None:
+    head = (await world.ok("alice", "GET", f"/v1/channels/{channel}/events"))["head"]
+    waiting = asyncio.create_task(world.call("alice", "GET", f"/v1/channels/{channel}/events?after={head}&wait=25"))
+    while not world.services.sync.polls:
+        await asyncio.sleep(0)
+    await world.ok("backend", "POST", "/v1/users/alice/deactivate")
+    await world.send("backend", channel, "secret")
+    reply = await waiting
+    assert (reply.status_code, reply.json()["code"]) == (403, "user_deactivated")
+
+
+async def test_too_many_long_polls_of_one_user_are_told_to_wait(world: World, channel: str) -> None:
+    await world.user("bob")
+    for _ in range(30):
+        await world.channel("alice", "bob")
+    mark = (await world.ok("alice", "GET", "/v1/sync"))["mark"]
+    mark = (await world.ok("alice", "GET", f"/v1/sync?since={mark}"))["mark"]
+    path = f"/v1/sync?since={mark}&wait=25"
+    polls = [asyncio.create_task(world.ok("alice", "GET", path)) for _ in range(POLLS_PER_USER_MAX)]
+    while world.services.sync.polls < POLLS_PER_USER_MAX:
+        await asyncio.sleep(0)
+    refused = await world.call("alice", "GET", path)
+    assert (refused.status_code, refused.json()["code"]) == (429, "rate_limited")
+    assert refused.headers["retry-after"] == "2"
+    # Bob's do not suffer.
+    theirs = asyncio.create_task(world.ok("bob", "GET", "/v1/me/events?after=30&wait=25"))
+    while world.services.sync.polls == POLLS_PER_USER_MAX and not theirs.done():
+        await asyncio.sleep(0)
+    world.services.sync.wake_all()
+    await asyncio.gather(*polls, theirs)
+    assert (world.services.sync.polls, world.services.sync._waiters) == (0, {})
+
+
+@pytest.mark.parametrize(
+    "query", ["since=" + "f" * 30, "since=" + "f" * 16, "since=-1", "cursor=zzzzzzzzzzzzzzzz.1", "cursor=-1.1"]
+)
+async def test_marks_and_cursors_that_were_never_given_out_are_refused(served: World, query: str) -> None:
+    reply = await served.call("alice", "GET", f"/v1/sync?{query}")
+    assert (reply.status_code, reply.json()["code"]) == (422, "cursor_invalid")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "field"),
+    [
+        ("PATCH", "/v1/app", {"settings": {"last_sene": False}}, "settings.last_sene"),
+        ("PUT", "/v1/app/channel-types/t", {"features": {"typng": False}}, "features.typng"),
+        (
+            "POST",
+            "/v1/channels/{channel}/messages",
+            {"attachments": [{"type": "file"}, {"type": "file", "uri": "https://x.example"}]},
+            "attachments[1].uri",
+        ),
+    ],
+)
+async def test_misspelt_fields_inside_a_body_are_refused_by_name(
+    world: World, channel: str, method: str, path: str, body: Any, field: str
+) -> None:
+    reply = await world.call("backend", method, path.format(channel=channel), body)
+    assert (reply.status_code, reply.json().get("field")) == (422, field)

@@ -316,6 +316,20 @@ async def test_opening_is_refused_as_on_a_socket(door: Door) -> None:
     assert door.node.gateway.http_sessions == {}
 
 
+async def test_documents_nested_beyond_reason_are_refused_as_such(door: Door) -> None:
+    deep = b'{"a":' * 3000 + b"1" + b"}" * 3000
+    alice = await door.open("alice")
+    headers = alice.headers
+    for path, body in (
+        ("/v1/realtime", b'{"type":"connect","device":{"id":"d"},"positions":' + deep + b"}"),
+        (f"{alice.path}/commands", b'[{"type":"message.send","channel":"c","key":"k","custom":' + deep + b"}]"),
+        (f"{alice.path}/commands", b'{"type":"message.send","channel":"c","key":"k","custom":' + deep + b"}"),
+        (f"{alice.path}/commands", b"[" * 5000 + b"]" * 5000),
+    ):
+        answer = await door.http.post(path, headers=headers, content=body)
+        assert answer.status_code in (400, 422), answer.text
+
+
 async def test_the_same_device_on_a_socket_takes_over(door: Door) -> None:
     alice = await door.open("alice", "phone")
     await door.node.connect("alice", "phone")

@@ -261,6 +261,11 @@ def test_deep_nesting_is_refused_and_not_followed() -> None:
             "attachments[0].url",
             None,
         ),
+        (
+            {"type": "message.send", "channel": "c", "key": "k", "attachments": [{"type": "file", "uri": "x"}]},
+            "attachments[0].uri",
+            None,
+        ),
         ({"type": "connect", "device": {}}, "device.id", None),
         ({"type": "connect", "device": {"id": "d", "os": "x"}}, "device.os", None),
         ({"type": "connect"}, "device", None),

@@ -189,6 +189,7 @@ class Server:
     def __init__(self, config: Config, core: Core) -> None:
         from tidings.server.rest import create_rest_app
         from tidings.server.rest.asyncapi import asyncapi_document
+        from tidings.server.rest.http_protocol import http_protocol
 
         self.config = config
         self.core = core
@@ -210,7 +211,7 @@ class Server:
                 self.rest,
                 host=config.host,
                 port=config.port,
-                http="httptools",
+                http=http_protocol(config),
                 ws=socket_protocol(self.gateway),  # type: ignore[arg-type]
                 loop="none",
                 lifespan="off",

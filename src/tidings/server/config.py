@@ -209,7 +209,7 @@ class Config:
     )
     connections_per_address: int = _setting(
         1_000,
-        "Sockets from one network address.",
+        "Sockets from one network address, and as many HTTP connections. A trusted proxy's own is not counted.",
         unit="connections",
         low=1,
         high=1_000_000,
@@ -217,7 +217,7 @@ class Config:
     )
     auth_timeout_seconds: float = _setting(
         5.0,
-        "Time an unauthenticated socket has to present a token.",
+        "Time an unauthenticated socket has to present a token, and a connection to present a request.",
         unit="seconds",
         low=0.1,
         high=60,

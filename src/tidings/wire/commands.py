@@ -28,7 +28,8 @@ from .ids import (
     Time,
     UserId,
 )
-from .resources import Attachment, Head, Message, Presence, Receipt
+from .inputs import AttachmentInput
+from .resources import Head, Message, Presence, Receipt
 
 # ---------------------------------------------------------------- commands
 
@@ -100,7 +101,7 @@ class SendMessage(Command, frozen=True, kw_only=True, tag="message.send"):
     mentions: Annotated[list[UserId], Meta(max_length=limits.MENTIONS_MAX)] = []
     mention_all: bool = False
     reply_to: MessageId | None = None
-    attachments: Annotated[list[Attachment], Meta(max_length=limits.ATTACHMENTS_MAX)] = []
+    attachments: Annotated[list[AttachmentInput], Meta(max_length=limits.ATTACHMENTS_MAX)] = []
     custom: Custom = {}
     silent: bool = False
 
@@ -112,7 +113,7 @@ class EditMessage(Command, frozen=True, kw_only=True, tag="message.edit"):
     id: MessageId
     text: Text | msgspec.UnsetType = msgspec.UNSET
     mentions: Annotated[list[UserId], Meta(max_length=limits.MENTIONS_MAX)] | msgspec.UnsetType = msgspec.UNSET
-    attachments: Annotated[list[Attachment], Meta(max_length=limits.ATTACHMENTS_MAX)] | msgspec.UnsetType = (
+    attachments: Annotated[list[AttachmentInput], Meta(max_length=limits.ATTACHMENTS_MAX)] | msgspec.UnsetType = (
         msgspec.UNSET
     )
     custom: Custom | msgspec.UnsetType = msgspec.UNSET

@@ -69,6 +69,7 @@ _ENTRIES: Final = (
     Problem("too_many_in_flight", 429, Retry.LATER, "Too many unanswered commands on this connection", 4431),
     Problem("auth_timeout", 401, Retry.AUTH, "The connection did not authenticate in time", 4402),
     Problem("heartbeat_timeout", 408, Retry.LATER, "Nothing was heard from the client for two heartbeats", 4408),
+    Problem("request_timeout", 408, Retry.LATER, "The request did not arrive in time"),
     Problem("replaced", 409, Retry.NEVER, "Another connection of the same device took over", 4505),
     Problem("session_unknown", 404, Retry.RESYNC, "The HTTP session has ended: open a new one", 4404),
     # Streams.

@@ -28,7 +28,7 @@ from .ids import (
     Url,
     UserId,
 )
-from .resources import AppSettings, Attachment, ChannelFeatures
+from .inputs import AppSettingsInput, AttachmentInput, ChannelFeaturesInput
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -128,7 +128,7 @@ class MessageSend(Request, frozen=True, kw_only=True):
     mentions: Annotated[list[UserId], Meta(max_length=limits.MENTIONS_MAX)] = []
     mention_all: bool = False
     reply_to: MessageId | None = None
-    attachments: Annotated[list[Attachment], Meta(max_length=limits.ATTACHMENTS_MAX)] = []
+    attachments: Annotated[list[AttachmentInput], Meta(max_length=limits.ATTACHMENTS_MAX)] = []
     custom: Custom = {}
     silent: bool = False
     kind: Literal["regular", "system"] = "regular"
@@ -137,7 +137,7 @@ class MessageSend(Request, frozen=True, kw_only=True):
 class MessageEdit(Request, frozen=True, kw_only=True):
     text: Text | UnsetType = UNSET
     mentions: Annotated[list[UserId], Meta(max_length=limits.MENTIONS_MAX)] | UnsetType = UNSET
-    attachments: Annotated[list[Attachment], Meta(max_length=limits.ATTACHMENTS_MAX)] | UnsetType = UNSET
+    attachments: Annotated[list[AttachmentInput], Meta(max_length=limits.ATTACHMENTS_MAX)] | UnsetType = UNSET
     custom: Custom | UnsetType = UNSET
 
 
@@ -151,7 +151,7 @@ class ReadMark(Request, frozen=True, kw_only=True):
 
 class AppUpdate(Request, frozen=True, kw_only=True):
     name: Name | UnsetType = UNSET
-    settings: AppSettings | UnsetType = UNSET
+    settings: AppSettingsInput | UnsetType = UNSET
 
 
 class ApiKeyCreate(Request, frozen=True, kw_only=True):
@@ -190,7 +190,7 @@ class RelationPut(Request, frozen=True, kw_only=True):
 
 
 class ChannelTypePut(Request, frozen=True, kw_only=True):
-    features: ChannelFeatures = ChannelFeatures()
+    features: ChannelFeaturesInput = ChannelFeaturesInput()
     grants: dict[RoleName, list[str]] = {}
     default_role: RoleName = "member"
     creator_role: RoleName = "owner"

@@ -182,7 +182,7 @@ def http_routes(gateway: Gateway) -> list[Any]:
             raise refusal
         try:
             command = decode_connect(await _body(request, gateway))
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise refusal_of(error) from None
         connection = HttpConnection(gateway, address, _bearer(request))
         gateway.opened(connection)
@@ -205,7 +205,7 @@ def http_routes(gateway: Gateway) -> list[Any]:
         if body[:1] == b"[" or body.lstrip()[:1] == b"[":
             try:
                 items = msgspec.json.decode(body, type=Annotated[list[msgspec.Raw], Meta(max_length=COMMANDS_MAX)])
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, RecursionError) as error:
                 raise refusal_of(error) from None
         else:
             items = [msgspec.Raw(body)]
@@ -214,7 +214,7 @@ def http_routes(gateway: Gateway) -> list[Any]:
             try:
                 if isinstance(decode_command(item), Connect):
                     raise Refusal("conflict", "This session is connected already.", field=f"[{place}]")
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 found = refusal_of(error)
                 raise Refusal(found.code, found.detail, field=f"[{place}].{found.field or ''}".rstrip(".")) from None
         for item in items:

@@ -1,29 +1,81 @@
-"""Who asks: the `Authorization` header becomes an `Actor` in the request's state, before anything of it is read."""
+"""Who asks: the `Authorization` header becomes an `Actor`, before anything else of the request is read.
+
+Reading a body and waiting for news take time, and what was true before may not be after: a user is deactivated, a
+token revoked, a role changed. So what the gate found comes as a `Pass`, which is renewed after every wait. As long as
+nothing was forgotten since, that costs a comparison.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
+from tidings.server.clock import Clock
+from tidings.server.domain.limits import Limiter
 from tidings.server.errors import Refusal
-from tidings.server.services.auth import Auth
+from tidings.server.services.access import Actor
+from tidings.server.services.auth import Auth, Authenticated
 from tidings.server.telemetry import Metrics
 from tidings.wire import limits
 
-ASGI = Callable[[Any, Any, Any], Awaitable[None]]
+from .limits import bucket_of
 
 _SCHEME: Final = b"bearer "
 
 
-class Authentication:
-    """ASGI middleware. Litestar puts it behind the router, so an address that does not exist costs no cryptography."""
+@dataclass(slots=True)
+class Pass:
+    """What the gate found out about a request's credential, and when: `seen` is `Auth.forgotten` of that moment."""
 
-    def __init__(self, app: ASGI, auth: Auth, metrics: Metrics) -> None:
-        self._app = app
-        self._auth = auth
-        self._metrics = metrics
+    gate: Gate
+    granted: Authenticated
+    seen: int
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    @property
+    def stands(self) -> bool:
+        """Whether nothing has changed since that could matter."""
+        return self.seen == self.gate.auth.forgotten and not self._expired()
+
+    async def renew(self) -> Actor:
+        """The actor as things stand now. Raises what authenticating would: Refusal `user_deactivated` …"""
+        if not self.stands:
+            try:
+                if self._expired():
+                    raise Refusal("token_expired", "The credential has expired meanwhile.")
+                # Before the reads: what changes while they run is found at the next renewal.
+                seen = self.gate.auth.forgotten
+                self.granted = await self.gate.auth.recheck(self.granted)
+                self.seen = seen
+            except Refusal as refusal:
+                self.gate.refused(refusal)
+                raise
+        return self.granted.actor
+
+    def _expired(self) -> bool:
+        expires = self.granted.expires_at_ms
+        if expires is None:
+            return False
+        actor = self.granted.actor
+        leeway = 0 if actor.via.startswith("key:") else actor.app.settings.token_leeway_seconds * 1000
+        return expires + leeway <= self.gate.clock.now_ms()
+
+
+class Gate:
+    """Authenticates requests and takes them from their credential's bucket. Behind the router, so that an address that
+    does not exist costs no cryptography."""
+
+    def __init__(self, auth: Auth, limiter: Limiter, clock: Clock, metrics: Metrics) -> None:
+        self.auth = auth
+        self.clock = clock
+        self._limiter = limiter
+        self._auth_refused = metrics.auth_refused
+        self._rate_refused = metrics.rate_limited.labels("rest")
+
+    async def admit(self, scope: Any) -> Pass:
+        """Who asks. Leaves `actor` and `rate` (for the reply's headers) in the request's state.
+
+        Raises Refusal with the code of what is wrong with the credential, or `rate_limited`.
+        """
         credential: bytes | None = None
         app_hint: bytes | None = None
         on_behalf_of: bytes | None = None
@@ -36,14 +88,33 @@ class Authentication:
                 app_hint = value
             elif name == b"tidings-user":
                 on_behalf_of = value
+        seen = self.auth.forgotten
         try:
-            scope["state"]["actor"] = (await self._authenticate(credential, app_hint, on_behalf_of)).actor
+            granted = await self._authenticate(credential, app_hint, on_behalf_of)
         except Refusal as refusal:
-            self._metrics.auth_refused.labels(refusal.code).inc()
+            self.refused(refusal)
             raise
-        await self._app(scope, receive, send)
+        state = scope["state"]
+        state["actor"] = granted.actor
+        verdict = state["rate"] = self._limiter.take(bucket_of(granted.actor), self.clock.monotonic())
+        if not verdict.allowed:
+            self._rate_refused.inc()
+            rate = self._limiter.rate
+            raise Refusal(
+                "rate_limited",
+                f"At most {rate.per_second:g} requests a second, {rate.burst} at once.",
+                bound=rate.burst,
+                retry_after_ms=verdict.retry_after_ms,
+            )
+        return Pass(self, granted, seen)
 
-    async def _authenticate(self, header: bytes | None, app_hint: bytes | None, on_behalf_of: bytes | None) -> Any:
+    def refused(self, refusal: Refusal) -> None:
+        """Count a credential that was turned away."""
+        self._auth_refused.labels(refusal.code).inc()
+
+    async def _authenticate(
+        self, header: bytes | None, app_hint: bytes | None, on_behalf_of: bytes | None
+    ) -> Authenticated:
         if not header:
             raise Refusal("unauthenticated", "Send Authorization: Bearer <API key or user token>.")
         if header[:7].lower() != _SCHEME:
@@ -61,7 +132,7 @@ class Authentication:
             user = None if on_behalf_of is None else on_behalf_of.decode("ascii")
         except UnicodeDecodeError:
             raise Refusal("token_malformed", "Credentials and identifiers are ASCII.") from None
-        found = self._auth.authenticate_now(credential, app_hint=app, on_behalf_of=user)
+        found = self.auth.authenticate_now(credential, app_hint=app, on_behalf_of=user)
         if found is None:
-            found = await self._auth.authenticate(credential, app_hint=app, on_behalf_of=user)
+            found = await self.auth.authenticate(credential, app_hint=app, on_behalf_of=user)
         return found

@@ -17,10 +17,9 @@ from tidings.server.telemetry import Metrics
 from tidings.wire.codec import encode
 
 from . import apps, channels, members, messages, receipts, sync, system, users
-from .auth import Authentication
+from .auth import Gate
 from .docs_page import render_page
 from .door import Door
-from .limits import RateLimit
 from .openapi import render_openapi
 from .operation import Call, Operation, Reply, check_path, decode_body, decode_query
 from .problems import ProblemHandler, headers_of
@@ -51,12 +50,7 @@ def create_rest_app(
     problems = ProblemHandler(metrics)
     found = all_operations(config, metrics, asyncapi)
 
-    def authenticated(app: Any) -> Authentication:
-        return Authentication(app, services.auth, metrics)
-
-    def limited(app: Any) -> RateLimit:
-        return RateLimit(app, limiter, services.clock, metrics)
-
+    gate = Gate(services.auth, limiter, services.clock, metrics)
     app = Litestar(
         route_handlers=[
             *(
@@ -65,9 +59,8 @@ def create_rest_app(
                     http_method=[op.method],
                     name=op.id,
                     status_code=200,
-                    middleware=[] if op.open else [authenticated, limited],
                     include_in_schema=False,
-                )(_endpoint(op, services, config, problems, draining))
+                )(_endpoint(op, services, config, gate, problems, draining))
                 for op in found
             ),
             *route_handlers,
@@ -116,7 +109,12 @@ def _typed(part: str) -> str:
 
 
 def _endpoint(
-    op: Operation, services: Services, config: Config, problems: ProblemHandler, draining: Callable[[], bool]
+    op: Operation,
+    services: Services,
+    config: Config,
+    gate: Gate,
+    problems: ProblemHandler,
+    draining: Callable[[], bool],
 ) -> Callable[..., Any]:
     decoder = msgspec.json.Decoder(op.body) if op.body is not None else None
     body_max = op.body_max or config.frame_bytes_max
@@ -125,6 +123,7 @@ def _endpoint(
     async def endpoint(request: Request[Any, Any, Any]) -> Reply:
         scope: Any = request.scope
         try:
+            entrance = None if op.open else await gate.admit(scope)
             path = scope["path_params"]
             if has_path:
                 check_path(path)
@@ -132,9 +131,9 @@ def _endpoint(
             body = None
             if decoder is not None:
                 body = decode_body(decoder, await read_body(scope, request.receive, body_max))
-            result = await handle(
-                Call(services, scope["state"].get("actor"), path, query, body, scope, request.receive, draining)
-            )
+                if entrance is not None and not entrance.stands:
+                    await entrance.renew()
+            result = await handle(Call(services, entrance, path, query, body, scope, request.receive, draining))
         except Exception as error:
             # Here rather than in Litestar's handler: refusals are ordinary answers and should cost like them.
             document = problems.document(error, scope)

@@ -6,16 +6,10 @@ the window `w` (seconds in which it comes back), `RateLimit` what remains `r` an
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Final
 
-from tidings.server.clock import Clock
-from tidings.server.domain.limits import Limiter, Rate, Verdict
-from tidings.server.errors import Refusal
+from tidings.server.domain.limits import Rate, Verdict
 from tidings.server.services.access import Actor
-from tidings.server.telemetry import Metrics
-
-ASGI = Callable[[Any, Any, Any], Awaitable[None]]
 
 POLICY: Final = "requests"
 
@@ -33,28 +27,3 @@ def policy_header(rate: Rate) -> bytes:
 def limit_header(verdict: Verdict) -> bytes:
     """The value of `RateLimit`."""
     return b'"%b";r=%d;t=%d' % (POLICY.encode(), verdict.remaining, verdict.reset_seconds)
-
-
-class RateLimit:
-    """ASGI middleware behind `Authentication`. Leaves the verdict in the request's state for the reply's headers."""
-
-    def __init__(self, app: ASGI, limiter: Limiter, clock: Clock, metrics: Metrics) -> None:
-        self._app = app
-        self._limiter = limiter
-        self._clock = clock
-        self._refused = metrics.rate_limited.labels("rest")
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        state = scope["state"]
-        verdict = self._limiter.take(bucket_of(state["actor"]), self._clock.monotonic())
-        state["rate"] = verdict
-        if not verdict.allowed:
-            self._refused.inc()
-            rate = self._limiter.rate
-            raise Refusal(
-                "rate_limited",
-                f"At most {rate.per_second:g} requests a second, {rate.burst} at once.",
-                bound=rate.burst,
-                retry_after_ms=verdict.retry_after_ms,
-            )
-        await self._app(scope, receive, send)

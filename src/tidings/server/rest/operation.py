@@ -21,6 +21,7 @@ from tidings.server.services.access import Actor
 from tidings.wire import limits
 from tidings.wire.codec import encode
 
+from .auth import Pass
 from .problems import refusal_of_validation
 
 Q = TypeVar("Q")
@@ -65,10 +66,11 @@ def json_reply(status: int, value: Any, *headers: tuple[bytes, bytes]) -> Reply:
 
 @dataclass(slots=True)
 class Call(Generic[Q, B]):
-    """One request to an operation. `path` holds checked identifiers."""
+    """One request to an operation. `path` holds checked identifiers. `entrance`: None where nobody is asked who they
+    are."""
 
     services: Services
-    actor: Actor
+    entrance: Pass | None
     path: dict[str, str]
     query: Q
     body: B
@@ -79,6 +81,17 @@ class Call(Generic[Q, B]):
     def header(self, name: bytes) -> str | None:
         """A request header by its lower-case name; bytes that are not ASCII make it unreadable. Raises Refusal."""
         return header_of(self.scope, name)
+
+    @property
+    def actor(self) -> Actor:
+        """Who asks."""
+        assert self.entrance is not None, "an open operation asks nobody who they are"
+        return self.entrance.granted.actor
+
+    async def renew(self) -> None:
+        """After a wait: go on as things stand now. Raises Refusal when the caller would not be let in any more."""
+        if self.entrance is not None and not self.entrance.stands:
+            await self.entrance.renew()
 
     @property
     def user(self) -> str:

@@ -22,27 +22,27 @@ async def poll(
     """What `read` gives, waiting at most `seconds` for one of the streams `sids` to grow if it has no news.
 
     The wait begins before the first read, so that nothing falls between the two. It ends with the connection: a client
-    that left costs nothing.
+    that left costs nothing. Raises Refusal `rate_limited` when too many wait already: an answer without news would make
+    its client ask again at once.
     """
     if seconds <= 0 or call.draining():
         return await read()
-    growth = asyncio.create_task(call.services.sync.wait_for_any(sids, seconds))  # owned by this call
-    gone = asyncio.create_task(_gone(call.receive))  # owned by this call
-    try:
-        # The wait registers in its first step.
-        await asyncio.sleep(0)
+    with call.services.sync.waiting(call.actor, sids) as growth:
         found = await read()
         if has_news(found):
             return found
-        await asyncio.wait((growth, gone), return_when=asyncio.FIRST_COMPLETED)
-        if gone.done():
-            return found
-        return await read()
-    finally:
-        for task in (growth, gone):
-            task.cancel()
+        gone = asyncio.create_task(_gone(call.receive))  # owned by this call
+        try:
+            await asyncio.wait((growth, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if gone.done():
+                return found
+            # Who was turned out while waiting gets nothing of what came since.
+            await call.renew()
+            return await read()
+        finally:
+            gone.cancel()
             with suppress(asyncio.CancelledError):
-                await task
+                await gone
 
 
 async def _gone(receive: Any) -> None:

@@ -498,6 +498,12 @@ class Auth:
 
     # ------------------------------------------------------------ forgetting
 
+    @property
+    def forgotten(self) -> int:
+        """Grows whenever something may have changed that decides who may come in: what was found out about a
+        credential holds, but for its expiry, while this stays the same."""
+        return self._forgotten
+
     def forget_all(self) -> None:
         """Another process has written: nothing remembered is certain."""
         self._forgotten += 1

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -36,8 +37,17 @@ OWN_STREAM: Final = "@me"
 _SID_MAX: Final = 2**63 - 1
 # Users' own streams kept open in memory.
 OWN_STREAMS_MAX: Final = 20_000
-# Streams that long polls may wait for at a time; beyond that they are answered at once.
-WAITERS_MAX: Final = 20_000
+# Long polls at a time. A browser opens six connections to a host at most; the rest is for a user's other devices.
+POLLS_PER_USER_MAX: Final = 12
+# Of an API key that asks for itself: a backend that follows its rooms one by one.
+POLLS_PER_KEY_MAX: Final = 1_000
+# Of everybody: each holds a connection, of which there are about as many.
+POLLS_MAX: Final = 20_000
+# Streams that they wait for, together. 250 bytes each: 125 MB at most. A user with 8,000 channels needs 8,000 of them
+# per poll, and gets no more than a fifth of all.
+POLLED_STREAMS_MAX: Final = 500_000
+# When to try again, ms: a poll waits up to 25 s, so some end in every second.
+POLLS_RETRY_MS: Final = 2_000
 
 
 @dataclass(slots=True, frozen=True)
@@ -124,7 +134,10 @@ class Sync:
         self._clock = clock
         self._own: OrderedDict[tuple[int, str], StreamHandle] = OrderedDict()
         self._waiters: dict[int, set[asyncio.Future[None]]] = {}
-        self._waiting = 0
+        # Long polls that wait at the moment, altogether and by who waits.
+        self.polls = 0
+        self._polls_of: dict[tuple[int, str], int] = {}
+        self._registered = 0
         bus.listen(self._notice)
 
     # ------------------------------------------------------------ heads
@@ -310,32 +323,39 @@ class Sync:
             raise refusal
         return page
 
-    async def wait_for_growth(self, sid: int, seconds: float) -> bool:
-        """Wait until the stream is announced to have grown. Call it before reading what there is."""
-        return await self.wait_for_any((sid,), seconds)
-
-    async def wait_for_any(self, sids: Collection[int], seconds: float) -> bool:
-        """Wait until one of the streams is announced to have grown. Call it before reading what there is."""
-        if self._waiting + len(sids) > WAITERS_MAX:
-            return False
+    @contextmanager
+    def waiting(self, actor: Actor, sids: Collection[int]) -> Iterator[asyncio.Future[None]]:
+        """A future that is done as soon as one of the streams is announced to have grown. Enter it before reading what
+        there is. Raises Refusal `rate_limited` when there are too many: of this user's, or altogether."""
+        who = (actor.app.app, actor.user or actor.via)
+        bound = POLLS_PER_USER_MAX if actor.user is not None else POLLS_PER_KEY_MAX
+        own = self._polls_of.get(who, 0)
+        if own >= bound:
+            raise Refusal(
+                "rate_limited", f"At most {bound} long polls at a time.", bound=bound, retry_after_ms=POLLS_RETRY_MS
+            )
+        if self.polls >= POLLS_MAX or self._registered + len(sids) > POLLED_STREAMS_MAX:
+            raise Refusal("rate_limited", "Too many long polls on this server.", retry_after_ms=POLLS_RETRY_MS)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting += len(sids)
+        self.polls += 1
+        self._polls_of[who] = own + 1
+        self._registered += len(sids)
         for sid in sids:
             self._waiters.setdefault(sid, set()).add(future)
         try:
-            async with asyncio.timeout(seconds):
-                await future
-            return True
-        except TimeoutError:
-            return False
+            yield future
         finally:
-            self._waiting -= len(sids)
+            self.polls -= 1
+            self._registered -= len(sids)
+            if left := self._polls_of[who] - 1:
+                self._polls_of[who] = left
+            else:
+                del self._polls_of[who]
             for sid in sids:
-                waiting = self._waiters.get(sid)
-                if waiting is not None:
-                    waiting.discard(future)
-                    if not waiting:
-                        del self._waiters[sid]
+                waiting = self._waiters[sid]
+                waiting.discard(future)
+                if not waiting:
+                    del self._waiters[sid]
 
     def wake_all(self) -> None:
         """Answer every long poll: the server is draining."""
