@@ -372,9 +372,9 @@ class Gateway:
                 connection, sid, name, membership.epoch, membership.head
             )
             if command.since is not None:
-                if name not in moved and stream.head > membership.head:
+                if sid not in entry.moved_sids and stream.head > membership.head:
                     moved[name] = Head(stream=name, epoch=stream.epoch, head=stream.head)
-                if name in moved:
+                if name in moved or sid in entry.moved_sids:
                     connection.behind[sid] = None
         self.hub.settled(connection)
         refused: dict[str, StreamRefused] = {}
@@ -384,11 +384,6 @@ class Gateway:
             else:
                 refused[name] = StreamRefused("not_found", "There is no such stream, or you may not see it.")
         heads = [head for head in moved.values() if head.stream not in command.positions]
-        more = None
-        if len(heads) > limits.SYNC_STREAMS_MAX:
-            # The first page comes here; the client takes the rest with `heads`, from the same mark.
-            more = f"0.{entry.mark}"
-            heads = []
         connection.guarded = actor.app.blind_roles
         connection.last_mark = entry.mark
         connection.entering = False
@@ -413,7 +408,8 @@ class Gateway:
                         in_flight=self.config.session_queue_max,
                     ),
                     moved=heads,
-                    more=more,
+                    # The client takes the rest with `heads`, from the same mark.
+                    more=entry.more,
                 )
             )
         )
