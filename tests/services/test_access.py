@@ -51,8 +51,6 @@ async def test_a_request_from_before_a_change_has_the_app_role_of_now(world: Wor
     assert world.access.cached(early, "c1") is not None
 
 
-
-
 async def test_forgetting_a_user_costs_the_same_however_many_channels_are_remembered(world: World) -> None:
     alice, bob = await world.acting("alice"), await world.acting("bob")
     for actor in (alice, bob):
