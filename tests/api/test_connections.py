@@ -15,6 +15,8 @@ from uvicorn.server import ServerState
 from tidings.server.config import Config
 from tidings.server.rest.http_protocol import http_protocol
 from tidings.testing.process import ServerProcess
+from tidings.testing.rawsocket import RawSocket
+from tidings.wire.problems import CATALOGUE
 
 from .world import World
 
@@ -99,6 +101,14 @@ async def test_line_ends_do_not_keep_an_answered_connection_open(server: ServerP
         await reader.readuntil(b"}")
         writer.write(b"\r\n")
         await rest_of(reader)
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_sockets_are_the_gateways_to_count_and_to_close(server: ServerProcess) -> None:
+    for _ in range(CAP + 1):
+        async with await RawSocket.open(server.port) as raw:
+            await raw.handshake("/v1/ws")
+            assert (await raw.read_close()).code == CATALOGUE["auth_timeout"].close
 
 
 @pytest.mark.asyncio(loop_scope="module")

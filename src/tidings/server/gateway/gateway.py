@@ -130,6 +130,10 @@ class Gateway:
         self.limiter = limiter
         self._ids = ids
         self._rng = rng
+        # Bound once: they are counted with every message.
+        self.stored = metrics.sends.labels("stored")
+        self.repeated = metrics.sends.labels("repeated")
+        self.send_refused = metrics.sends.labels("refused")
         self.tasks = Tasks("gateway")
         self.hub = Hub(asyncio.get_running_loop(), on_flush=self._flushed)
         self.presence = PresenceBoard(services.store, self.hub, clock, grace_seconds=config.presence_grace_seconds)
@@ -279,6 +283,9 @@ class Gateway:
         else:
             self.by_address.pop(connection.address, None)
         self.metrics.connections.dec()
+        if connection.last_mark:
+            # It was connected, and counted as a session.
+            self.metrics.sessions.labels(connection.transport_name).dec()
         if connection.user:
             for sid in connection.typing:
                 self.typing_ended(connection, sid)
@@ -294,7 +301,10 @@ class Gateway:
 
     def _flushed(self, peers: int, frames: int) -> None:
         if peers:
-            self.metrics.flush_frames.observe(frames / peers)
+            metrics, hub = self.metrics, self.hub
+            metrics.flush_frames.observe(frames / peers)
+            metrics.deliveries.value = hub.deliveries
+            metrics.slow_readers.value = hub.put_behind
 
     # ------------------------------------------------------------ connect
 
@@ -403,6 +413,7 @@ class Gateway:
                 )
             )
         )
+        self.metrics.sessions.labels(connection.transport_name).inc()
         connection.visible = command.presence == "online"
         self.presence.appeared(connection)
         connection.session.answered()

@@ -132,7 +132,8 @@ async def delete_provider(call: Call[None, None]) -> None:
 
 @operation("app.list_roles", "GET", "/v1/app/roles", "List roles", reply=Page[Role])
 async def list_roles(call: Call[None, None]) -> Page[Role]:
-    """Built-in ones and the app's own."""
+    """Built-in ones and the app's own. For everybody who may read profiles or create channels: features tell a client
+    what to show."""
     return Page(await call.services.admin.list_roles(call.actor))
 
 
@@ -159,7 +160,8 @@ async def delete_role(call: Call[None, None]) -> None:
 
 @operation("app.list_types", "GET", "/v1/app/channel-types", "List channel types", reply=Page[ChannelType])
 async def list_types(call: Call[None, None]) -> Page[ChannelType]:
-    """Built-in ones and the app's own."""
+    """Built-in ones and the app's own. For everybody who may read profiles or create channels: features tell a client
+    what to show."""
     return Page(await call.services.admin.list_types(call.actor))
 
 

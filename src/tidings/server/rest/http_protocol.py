@@ -123,12 +123,14 @@ class _Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        if not self._counted:
+            return  # Refused, or a WebSocket by now.
         # An answered request and bytes that begin no other: line ends would keep an idle connection open for ever.
         if self._whole and not self.cycle.response_complete:
             if self._watched:
                 self._watched = False
                 self.watch.arrived(self)
-        elif self._counted:
+        else:
             self._watched = True
             self.watch.expect(self, body=self._head)
 

@@ -566,15 +566,15 @@ class Admin:
     # ------------------------------------------------------------ channel types
 
     async def list_types(self, actor: Actor) -> list[ChannelType]:
-        """Every channel type, built-in ones first. Needs `app.read`."""
-        actor.check(P.APP_READ)
+        """Every channel type, built-in ones first. Needs `user.read`, `channel.create` or `app.read`."""
+        _check_reads_types(actor)
         app = await self._apps.get(actor.app.id)
         types = [compiled.definition for compiled in app.types.values()]
         return sorted(types, key=lambda type: (not type.built_in, type.name))
 
     async def get_type(self, actor: Actor, name: str) -> ChannelType:
-        """One channel type. Needs `app.read`. Raises NotFound."""
-        actor.check(P.APP_READ)
+        """One channel type. Needs `user.read`, `channel.create` or `app.read`. Raises NotFound."""
+        _check_reads_types(actor)
         compiled = (await self._apps.get(actor.app.id)).types.get(name)
         if compiled is None:
             raise NotFound("channel type")
@@ -868,6 +868,12 @@ def _check_scope(scope: str) -> None:
 def _check_own_type(name: str) -> None:
     if name in BUILT_IN_TYPES:
         raise Refusal("conflict", f"The type {name} is built in and cannot be changed.", field="name")
+
+
+def _check_reads_types(actor: Actor) -> None:
+    """What a type's channels can do decides what a client shows, so whoever takes part in the app may know it."""
+    if not (actor.may(P.USER_READ) or actor.may(P.CHANNEL_CREATE)):
+        actor.check(P.APP_READ)
 
 
 def _check_id(text: str, field: str) -> None:
