@@ -9,8 +9,8 @@ Two rules hold throughout:
 
 Changes to roles and types announce `AccessChanged(app)`: everything remembered about the app is dropped and whatever is
 authorised after the answer is authorised anew. A relation concerns one user, and only they are named. None of them
-moves the access version of the app's channels (there may be millions), so a message whose sending was decided before the
-change may still commit just after it.
+moves the access version of the app's channels (there may be millions), so a message whose sending was decided before
+the change may still commit just after it.
 """
 
 from __future__ import annotations
