@@ -348,3 +348,38 @@ async def test_streams_that_draw_the_same_number_draw_again(world: World, monkey
     await world.user("bob")
     await world.channel("alice", "bob")
     assert await world.rows("SELECT count(*) FROM streams") == [(3,)]
+
+
+async def test_finding_open_channels_costs_nothing_for_the_closed_ones(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alice = await world.user("alice")
+    await world.channel(id="open", type="public")
+    await world.channel(id="closed")
+    asked: list[tuple[str, tuple[Any, ...]]] = []
+    read = world.store.read
+
+    async def watched(unit: Any) -> Any:
+        async def watching(tx: Any) -> Any:
+            real = tx.all
+
+            async def all(sql: str, *args: Any) -> Any:
+                asked.append((sql, args))
+                return await real(sql, *args)
+
+            monkeypatch.setattr(type(tx), "all", lambda _, sql, *args: all(sql, *args))
+            try:
+                return await unit(tx)
+            finally:
+                monkeypatch.undo()
+
+        return await read(watching)
+
+    monkeypatch.setattr(world.store, "read", watched)
+    found, _ = await world.channels.query(alice, joined=False)
+    assert [channel.id for channel in found] == ["open"]
+    sql, args = asked[0]
+    plan = [str(row[3]) for row in await world.rows("EXPLAIN QUERY PLAN " + sql, *args)]
+    assert [step for step in plan if step.startswith("SEARCH c ")] == ["SEARCH c USING INDEX channels_sid (sid=?)"], (
+        plan
+    )

@@ -11,6 +11,7 @@ from tidings.server.errors import Refusal
 from tidings.server.services.access import Actor
 from tidings.server.services.messages import Draft, Edit
 from tidings.server.services.sync import Sync
+from tidings.server.store.base import Appended
 from tidings.wire.requests import ChannelUpdate, MembersAdd
 from tidings.wire.resources import ChannelFeatures, ChannelType
 
@@ -31,7 +32,7 @@ async def test_a_retry_gets_its_first_result_whatever_has_happened_since(world: 
     draft = Draft(text="hello", mentions=["bob"])
     alice = world.acting("alice")
     first = await world.messages.send(alice, "c1", draft, "k1")
-    retried = []
+    retried: list[Appended] = []
 
     async def retry() -> None:
         again = await world.messages.send(alice, "c1", draft, "k1", retried.append)
