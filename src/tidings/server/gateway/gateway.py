@@ -19,6 +19,7 @@ from tidings.server.services import Services
 from tidings.server.services.access import Actor
 from tidings.server.services.apps import AppContext
 from tidings.server.services.messages import Edit
+from tidings.server.services.receipts import RECEIPTS_MEMBERS_MAX
 from tidings.server.services.sync import OWN_STREAM, StreamHandle, check_position
 from tidings.server.tasks import Tasks
 from tidings.server.telemetry import Metrics, get_logger
@@ -701,6 +702,9 @@ class Gateway:
         access = await self.access.channel(actor, command.channel, Permission.TYPING_SEND)
         if not access.channel.type.definition.features.typing:
             raise Refusal("feature_off", "Typing is switched off in this type of channel.")
+        if access.channel.member_count > RECEIPTS_MEMBERS_MAX:
+            # Told one by one it would cost the square of the membership, and nobody reads a hundred names.
+            return
         sid, now = access.channel.sid, self.clock.monotonic()
         last = connection.typing.get(sid)
         if not command.on:
