@@ -154,3 +154,13 @@ async def test_the_way_past_the_router_answers_as_the_long_way(world: World) -> 
     text = (await world.http.get("/metrics")).text
     # Both ways are counted under the one address.
     assert 'route="/v1/channels/{channel}/messages",status="200"} 2.0' in text
+
+
+async def test_a_reaction_with_a_slash_in_its_name_can_be_taken_back(world: World) -> None:
+    await world.user("alice")
+    channel = await world.channel("alice")
+    path = f"/v1/channels/{channel}/messages/{(await world.send('alice', channel))['id']}"
+    await world.ok("alice", "POST", f"{path}/reactions", {"emoji": ":n/a:"})
+    await world.ok("alice", "DELETE", f"{path}/reactions", params={"emoji": ":n/a:"})
+    assert "reactions" not in await world.ok("alice", "GET", path)
+    assert (await world.call("alice", "DELETE", f"{path}/reactions")).json()["field"] == "emoji"
