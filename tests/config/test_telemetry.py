@@ -155,8 +155,8 @@ def test_every_metric_is_declared_with_a_name_a_unit_and_help() -> None:
 def test_label_values_without_end_become_other() -> None:
     metrics = Metrics()
     for number in range(SERIES_MAX + 50):
-        metrics.store_errors.labels(str(number)).inc()
-    series = dict(metrics.store_errors.series())
+        metrics.internal_errors.labels(str(number)).inc()
+    series = dict(metrics.internal_errors.series())
     assert len(series) == SERIES_MAX + 1
     assert series[(OTHER,)].value == 50
     with pytest.raises(ValueError, match="route, status"):

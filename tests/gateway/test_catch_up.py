@@ -135,8 +135,9 @@ async def test_more_streams_than_fit_come_by_page_and_stay_held(node: Node, monk
     names = [await node.channel(f"n{n}", "alice") for n in range(9)]
     alice = await node.connect("alice", since=mark)
     connected = alice.of("connected")[0]
-    assert connected.get("moved", []) == []
-    cursor, found, pages = connected["more"], [], 0
+    found = [entry["stream"] for entry in connected["moved"]]
+    assert len(found) == 4, "the first page comes at once"
+    cursor, pages = connected["more"], 1
     while cursor is not None:
         page = await alice.ask("heads", since=mark, cursor=cursor, limit=4)
         assert page["type"] == "heads", page
@@ -144,6 +145,7 @@ async def test_more_streams_than_fit_come_by_page_and_stay_held(node: Node, monk
         cursor, pages = page.get("more"), pages + 1
     assert pages >= 3
     assert sorted(found) == sorted([*names, "c", "@me"])
+    assert len(alice.behind) == len(found), "those on later pages are held like the first"
     await node.send("n3")
     await alice.quiet()
     assert alice.events("n3") == []

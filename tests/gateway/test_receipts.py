@@ -185,7 +185,6 @@ async def test_reading_beyond_the_end_is_refused(node: Node) -> None:
     assert (reply["code"], reply["field"], reply["bound"]) == ("position_ahead", "seq", await node.head("c"))
 
 
-@pytest.mark.xfail(strict=True, reason="`ack` does not ask the channel's type; `read` does")
 async def test_a_type_of_channel_without_receipts_tells_nobody(node: Node) -> None:
     await node.define(ChannelType(name="calm", features=ChannelFeatures(receipts=False)))
     await node.channel("calm", "alice", "bob", type="calm")

@@ -108,7 +108,9 @@ async def open_world(folder: Path) -> AsyncIterator[World]:
     channels = Channels(store, apps, access, changes, clock, ids)
 
     def forget(notice: Notice) -> None:
-        if isinstance(notice, AccessChanged) and notice.sid is None:
+        if isinstance(notice, AccessChanged) and notice.user is not None:
+            access.forget_user(notice.app, notice.user)
+        elif isinstance(notice, AccessChanged) and notice.sid is None:
             access.forget_app(notice.app)
 
     bus.listen(forget)

@@ -11,6 +11,7 @@ from tidings.server.bus.base import AccessChanged, Left, Published, Revoked
 from tidings.server.crypto.base import CryptoError
 from tidings.server.errors import Refusal
 from tidings.server.services import users as users_module
+from tidings.server.services.messages import Edit
 from tidings.wire.commands import DeviceInfo
 from tidings.wire.limits import CUSTOM_BYTES_MAX, DEVICES_PER_USER_MAX
 from tidings.wire.requests import ChannelCreate, UserCreate, UserUpdate, UserUpsert
@@ -303,6 +304,21 @@ async def test_messages_of_a_deleted_user_are_destroyed_if_the_app_wants_it(
     assert world.events(quiet.id) == []
     assert await world.rows("SELECT 1 FROM meta") == []
     assert await world.rows("SELECT count(*) FROM messages m WHERE m.sender='alice' AND m.sealed IS NOT NULL") == [(0,)]
+
+
+async def test_what_a_deleted_user_had_deleted_before_is_destroyed_too(world: World) -> None:
+    await world.configure(deleted_user_messages="redact")
+    alice, bob = await world.user("alice"), await world.user("bob")
+    await world.channel("alice", "bob", id="c1")
+    sent = await world.send(alice, "c1", "canary")
+    await world.messages.edit(alice, "c1", sent.message_id, Edit(text="canary, edited"))
+    await world.messages.delete(alice, "c1", sent.message_id)
+    assert [one.text for one in await world.messages.versions(world.backend, "c1", sent.message_id)] != []
+    await world.users.delete(world.backend, "alice")
+    assert await world.messages.versions(world.backend, "c1", sent.message_id) == []
+    last = world.events("c1")[-1]
+    assert (last["type"], last["data"]["id"], last["data"]["hard"]) == ("message.deleted", sent.message_id, True)
+    assert b"deleted_at" in (await world.messages.history(bob, "c1")).messages[0]
 
 
 async def test_a_deletion_that_was_cut_short_is_finished_at_the_next_start(

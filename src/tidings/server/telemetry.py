@@ -327,7 +327,6 @@ class Declared:
 # From a cached read to a stalled disk, in seconds.
 _SECONDS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _COUNTS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-_BYTES: Final = tuple(float(1 << power) for power in range(8, 21, 2))
 
 EXPOSITION_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -350,16 +349,14 @@ class Metrics(Collector):
 
         # Delivery
         self.deliveries = self._counter("deliveries_total", "Events written to sockets.")
-        self.delivered_bytes = self._counter("delivered_bytes_total", "Bytes written to sockets.")
         self.flush_frames = self._histogram("flush_frames", "Frames written to one socket at once.", _COUNTS)
 
         # The store
-        self.sends = self._counters("sends_total", "Messages sent, by outcome: stored, repeated, refused.", "outcome")
-        self.append_seconds = self._histogram("append_seconds", "From handing over an append to its commit.", _SECONDS)
+        self.sends = self._counters(
+            "sends_total", "Sends over sockets, by outcome: stored, repeated, refused.", "outcome"
+        )
         self.commit_seconds = self._histogram("commit_seconds", "One commit with its fsync.", _SECONDS)
         self.batch_size = self._histogram("append_batch_size", "Appends that shared one commit.", _COUNTS)
-        self.store_errors = self._counters("store_errors_total", "Failed store operations.", "operation")
-        self.outbox_lag = self._gauge("outbox_lag_seconds", "Age of the oldest outbox row not yet handled.")
 
         # REST
         self.rest_requests = self._counters("rest_requests_total", "Requests answered.", "route", "status")

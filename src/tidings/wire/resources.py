@@ -64,7 +64,8 @@ class MessageContent(Resource, frozen=True, kw_only=True):
 class Message(Resource, frozen=True, kw_only=True):
     """A message. `seq` is the seq of the event that created it: its place in the channel for ever.
 
-    `deleted_at` marks a tombstone: content is gone from every read, the place stays.
+    `deleted_at` marks a tombstone: content is gone from every read, the place stays. `content_omitted` marks an edit
+    that not everybody who hears of it may read: who has the message reads it again.
     """
 
     id: MessageId
@@ -87,6 +88,7 @@ class Message(Resource, frozen=True, kw_only=True):
     mention_all: bool = False
     attachments: list[Attachment] = []
     custom: dict[str, Any] = {}
+    content_omitted: bool = False
 
 
 class MessageVersion(Resource, frozen=True, kw_only=True):

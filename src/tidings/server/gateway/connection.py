@@ -44,6 +44,8 @@ log = get_logger(__name__)
 class Connection(Peer):
     """One device's connection. Subclasses implement `write` and `end`."""
 
+    transport_name = "socket"
+
     __slots__ = (
         "_again",
         "_busy",
@@ -278,6 +280,7 @@ class Connection(Peer):
                     self._busy = True
                     self.gateway.tasks.spawn(self._run(None), "send again")
             elif isinstance(outcome, Refusal):
+                self.gateway.send_refused.inc()
                 self.session.answered()
                 self.refuse(outcome, ref)
             else:
@@ -339,6 +342,7 @@ class Connection(Peer):
 
     def sent(self, ref: int | None, channel: str, stored: Appended) -> None:
         """Answer a `message.send`."""
+        (self.gateway.repeated if stored.duplicate else self.gateway.stored).inc()
         if ref is not None:
             self.send(
                 encode(

@@ -130,6 +130,10 @@ class Gateway:
         self.limiter = limiter
         self._ids = ids
         self._rng = rng
+        # Bound once: they are counted with every message.
+        self.stored = metrics.sends.labels("stored")
+        self.repeated = metrics.sends.labels("repeated")
+        self.send_refused = metrics.sends.labels("refused")
         self.tasks = Tasks("gateway")
         self.hub = Hub(asyncio.get_running_loop(), on_flush=self._flushed)
         self.presence = PresenceBoard(services.store, self.hub, clock, grace_seconds=config.presence_grace_seconds)
@@ -279,6 +283,9 @@ class Gateway:
         else:
             self.by_address.pop(connection.address, None)
         self.metrics.connections.dec()
+        if connection.last_mark:
+            # It was connected, and counted as a session.
+            self.metrics.sessions.labels(connection.transport_name).dec()
         if connection.user:
             for sid in connection.typing:
                 self.typing_ended(connection, sid)
@@ -294,7 +301,10 @@ class Gateway:
 
     def _flushed(self, peers: int, frames: int) -> None:
         if peers:
-            self.metrics.flush_frames.observe(frames / peers)
+            metrics, hub = self.metrics, self.hub
+            metrics.flush_frames.observe(frames / peers)
+            metrics.deliveries.value = hub.deliveries
+            metrics.slow_readers.value = hub.put_behind
 
     # ------------------------------------------------------------ connect
 
@@ -362,9 +372,9 @@ class Gateway:
                 connection, sid, name, membership.epoch, membership.head
             )
             if command.since is not None:
-                if name not in moved and stream.head > membership.head:
+                if sid not in entry.moved_sids and stream.head > membership.head:
                     moved[name] = Head(stream=name, epoch=stream.epoch, head=stream.head)
-                if name in moved:
+                if name in moved or sid in entry.moved_sids:
                     connection.behind[sid] = None
         self.hub.settled(connection)
         refused: dict[str, StreamRefused] = {}
@@ -374,11 +384,6 @@ class Gateway:
             else:
                 refused[name] = StreamRefused("not_found", "There is no such stream, or you may not see it.")
         heads = [head for head in moved.values() if head.stream not in command.positions]
-        more = None
-        if len(heads) > limits.SYNC_STREAMS_MAX:
-            # The first page comes here; the client takes the rest with `heads`, from the same mark.
-            more = f"0.{entry.mark}"
-            heads = []
         connection.guarded = actor.app.blind_roles
         connection.last_mark = entry.mark
         connection.entering = False
@@ -403,10 +408,12 @@ class Gateway:
                         in_flight=self.config.session_queue_max,
                     ),
                     moved=heads,
-                    more=more,
+                    # The client takes the rest with `heads`, from the same mark.
+                    more=entry.more,
                 )
             )
         )
+        self.metrics.sessions.labels(connection.transport_name).inc()
         connection.visible = command.presence == "online"
         self.presence.appeared(connection)
         connection.session.answered()

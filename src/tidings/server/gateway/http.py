@@ -65,6 +65,7 @@ class HttpConnection(Connection):
     __slots__ = ("_bytes", "_kept", "_next", "_seen_at", "_wake", "ended_with", "readers")
 
     framed = False
+    transport_name = "http"
 
     def __init__(self, gateway: Gateway, address: str, header_token: str | None) -> None:
         super().__init__(gateway, address, header_token)

@@ -41,7 +41,15 @@ async def mark_unread(call: Call[None, ReadMark]) -> Unread:
     return await call.services.receipts.mark_unread(call.actor, call.path["channel"], call.body.seq)
 
 
-@operation("receipts.list", "GET", _CHANNEL + "/receipts", "List receipts", reply=Page[Receipt], query=Paging)
+@operation(
+    "receipts.list",
+    "GET",
+    _CHANNEL + "/receipts",
+    "List receipts",
+    reply=Page[Receipt],
+    query=Paging,
+    problems=("feature_off",),
+)
 async def find(call: Call[Paging, None]) -> Page[Receipt]:
     """How far each member is."""
     query = call.query

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
 from tidings.server.crypto.base import AppKeyNotLoaded
@@ -31,6 +31,9 @@ CHANNELS_MAX: Final = 50_000
 # People remembered per channel: a send by someone else costs one read.
 USERS_MAX: Final = 10_000
 
+# Users forgotten one by one before everything is forgotten at once: about 10 MB.
+USERS_FORGOTTEN_MAX: Final = 100_000
+
 _READ: Final = bit(Permission.CHANNEL_READ)
 
 
@@ -38,7 +41,8 @@ _READ: Final = bit(Permission.CHANNEL_READ)
 class Actor:
     """Who asks: a user, an app's backend, or a backend in a user's name. `grants` hold everywhere in the app.
 
-    `via` names the credential for the audit trail: `user:<id>` or `key:<id>`.
+    `via` names the credential for the audit trail: `user:<id>` or `key:<id>`. `role`: the app role that `grants` come
+    from, None where they are a key's scopes.
     """
 
     app: AppContext
@@ -47,6 +51,7 @@ class Actor:
     via: str
     device: str | None = None
     session: str | None = None
+    role: str | None = None
 
     def check(self, need: Permission) -> None:
         """Refuse unless the app-level grants hold `need`. Raises Forbidden."""
@@ -71,6 +76,8 @@ class ChannelView:
     access_version: int
     cipher: StreamCipher
     floor: int
+    # As exact as the rest: whoever joins or leaves makes the view forgotten.
+    member_count: int = 0
     users: dict[str, Member] = field(default_factory=dict)
 
 
@@ -82,6 +89,8 @@ class Member:
     is_member: bool
     role: str | None
     joined_seq: int
+    # The count of forgetting that it was read under.
+    known_at: int = 0
 
 
 @dataclass(slots=True, frozen=True)
@@ -112,7 +121,6 @@ class Access:
         return self.channel.floor
 
 
-_NOBODY: Final = Member(NONE, False, None, 0)
 _BACKEND: Final = Member(NONE, False, None, 0)
 
 
@@ -127,6 +135,10 @@ class AccessService:
         self._channels: OrderedDict[tuple[int, str], ChannelView] = OrderedDict()
         # Grows with everything forgotten: what was read before that must not be remembered after it.
         self._forgotten = 0
+        # User -> the count at which they were forgotten: what was remembered of them before that does not count. One
+        # number each instead of a walk through all channels. Users of the same id in two apps share it: the other one
+        # is only read once more.
+        self._users_forgotten: dict[str, int] = {}
 
     # ------------------------------------------------------------ the doors
 
@@ -135,10 +147,15 @@ class AccessService:
         view = self._channels.get((actor.app.app, channel_id))
         if view is None:
             return None
+        app = self._apps.cached(actor.app.id)
+        if app is not actor.app:
+            if app is None:
+                return None
+            actor = _as_of(actor, app)
         if actor.user is None:
             return Access(actor, view, _BACKEND, actor.grants)
         member = view.users.get(actor.user)
-        if member is None:
+        if member is None or member.known_at < self._users_forgotten.get(actor.user, 0):
             return None
         return Access(actor, view, member, Grants(actor.grants | member.grants))
 
@@ -194,9 +211,9 @@ class AccessService:
     def forget_user(self, app: int, user: str) -> None:
         """The user's relations or role have changed."""
         self._forgotten += 1
-        for (owner, _), view in self._channels.items():
-            if owner == app:
-                view.users.pop(user, None)
+        self._users_forgotten[user] = self._forgotten
+        if len(self._users_forgotten) > USERS_FORGOTTEN_MAX:
+            self.forget_all()
 
     def forget_app(self, app: int) -> None:
         """Roles, types or relations of the app have changed."""
@@ -208,17 +225,21 @@ class AccessService:
         """Another process has written: nothing remembered is certain."""
         self._forgotten += 1
         self._channels.clear()
+        self._users_forgotten.clear()
 
     # ------------------------------------------------------------ loading
 
     async def _load(self, actor: Actor, channel_id: str) -> Access:
-        app = actor.app
+        # The app as it is now, read after the count: the actor may have come before a role or type was changed (a
+        # request's body takes its time), and what is remembered below is for everybody.
         forgotten = self._forgotten
+        app = await self._apps.get(actor.app.id)
+        actor = _as_of(actor, app)
 
         async def unit(tx: Tx) -> tuple[tuple[object, ...], tuple[object, ...] | None, list[tuple[object, ...]]] | None:
             row = await tx.one(
                 "SELECT c.sid, s.epoch, c.type, c.frozen, s.access_version, s.key_wrapped, s.key_version,"
-                " s.key_app_version, s.floor FROM channels c JOIN streams s ON s.sid=c.sid"
+                " s.key_app_version, s.floor, c.member_count FROM channels c JOIN streams s ON s.sid=c.sid"
                 " WHERE c.app=? AND c.id=? AND c.deleted_at IS NULL",
                 app.app,
                 channel_id,
@@ -243,7 +264,7 @@ class AccessService:
         if found is None:
             raise NotFound("channel", field="channel")
         row, member_row, related = found
-        sid, epoch, type_name, frozen, version, wrapped, key_version, key_app_version, floor = row
+        sid, epoch, type_name, frozen, version, wrapped, key_version, key_app_version, floor, count = row
         compiled = app.types.get(str(type_name)) or app.types["group"]
         key = (app.app, channel_id)
         view = self._channels.get(key)
@@ -263,6 +284,7 @@ class AccessService:
                 access_version=int(str(version)),
                 cipher=await self.cipher(app, int(str(sid)), stream_key),
                 floor=int(str(floor)),
+                member_count=int(str(count)),
             )
             if forgotten == self._forgotten:
                 self._channels[key] = view
@@ -273,20 +295,24 @@ class AccessService:
         if actor.user is None:
             return Access(actor, view, _BACKEND, actor.grants)
         grants = int(compiled.everyone)
-        member = _NOBODY
         for (kind,) in related:
             grants |= app.relation_roles.get(str(kind), NONE)
         if member_row is not None:
             role = str(member_row[0])
             grants |= compiled.grants.get(role, NONE)
-            member = Member(Grants(grants), True, role, int(str(member_row[1])))
-        elif grants:
-            member = Member(Grants(grants), False, None, 0)
+            member = Member(Grants(grants), True, role, int(str(member_row[1])), forgotten)
+        else:
+            member = Member(Grants(grants), False, None, 0, forgotten)
         if forgotten == self._forgotten:
             if len(view.users) >= USERS_MAX:
                 view.users.clear()
             view.users[actor.user] = member
         return Access(actor, view, member, Grants(actor.grants | member.grants))
+
+    async def type_of(self, app: int, name: str) -> CompiledType:
+        """A channel type of the app numbered `app`, as it is now. Raises NotFound."""
+        found = await self._apps.numbered(app)
+        return found.types.get(name) or found.types["group"]
 
     async def cipher(self, app: AppContext, sid: int, key: WrappedStreamKey) -> StreamCipher:
         """The cipher of a stream, reading the keys of its app again if another process has rotated them."""
@@ -297,6 +323,14 @@ class AccessService:
             self._apps.forget(app.app)
             await self._apps.get(app.id)
             return self._keyring.cipher(app.id, str(sid), key)
+
+
+def _as_of(actor: Actor, app: AppContext) -> Actor:
+    """The actor with what their role grants in the app as it is now."""
+    if actor.role is None:
+        return actor
+    grants = app.app_roles.get(actor.role, NONE)
+    return actor if grants == actor.grants else replace(actor, app=app, grants=grants)
 
 
 def backend_actor(app: AppContext, key_id: str, scopes: Grants = EVERYTHING) -> Actor:

@@ -7,9 +7,10 @@ Two rules hold throughout:
   grants contain; keeping or taking away what others have been given is always allowed. So a key with few scopes
   cannot make a wider one, and an administrator who may not read messages cannot define a role that may.
 
-Changes to roles, types and relations announce `AccessChanged(app)`: everything remembered about the app is dropped and
-whatever is authorised after the answer is authorised anew. They do not move the access version of the app's channels
-(there may be millions), so a message whose sending was decided before the change may still commit just after it.
+Changes to roles and types announce `AccessChanged(app)`: everything remembered about the app is dropped and whatever is
+authorised after the answer is authorised anew. A relation concerns one user, and only they are named. None moves the
+access version of the app's channels (there may be millions), so a message whose sending was decided before the
+change may still commit just after it.
 """
 
 from __future__ import annotations
@@ -699,7 +700,7 @@ class Admin:
             if not done:
                 return Change(None)
             await line.write(tx)
-            return Change(None, (AccessChanged(app, user=relation.user), AccessChanged(app)))
+            return Change(None, (AccessChanged(app, user=relation.user),))
 
         await self._changes.run(unit)
         return relation
@@ -720,7 +721,7 @@ class Admin:
             ):
                 raise NotFound("relation")
             await line.write(tx)
-            return Change(None, (AccessChanged(app, user=relation.user), AccessChanged(app)))
+            return Change(None, (AccessChanged(app, user=relation.user),))
 
         await self._changes.run(unit)
 

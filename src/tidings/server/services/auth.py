@@ -220,7 +220,8 @@ class Auth:
         if actor.user is None:
             return replace(actor, app=app)
         state = await self._state(app, actor.user)
-        return replace(actor, app=app, grants=_grants_of_user(app, state))
+        grants, role = _grants_of_user(app, state)
+        return replace(actor, app=app, grants=grants, role=role)
 
     async def recheck(self, authenticated: Authenticated) -> Authenticated:
         """`refresh` for a long connection, with its token: refuses also when the token, or the key that verified it,
@@ -386,12 +387,12 @@ class Auth:
         if now - key.touched_at >= LAST_USED_MS:
             key.touched_at = now
             self._write_last_used(key.id, now)
-        grants = key.grants
+        grants, role = key.grants, None
         if on_behalf_of is not None:
             if not grants & _ACT_AS:
                 raise Forbidden(P.USER_ACT_AS.value)
-            grants = _grants_of_user(app, state)
-        actor = Actor(app, on_behalf_of, grants, f"key:{key.id}", device, session)
+            grants, role = _grants_of_user(app, state)
+        actor = Actor(app, on_behalf_of, grants, f"key:{key.id}", device, session, role)
         return Authenticated(actor, key.expires_at, key_id=key.id)
 
     def _check_api_key(self, key: _KeyState) -> int:
@@ -596,9 +597,9 @@ def _user_actor(
         # How long a revoked jti must be remembered follows from when its token was issued.
         raise Refusal("token_claims", "A token with a jti needs an iat.")
     user_id = verified.user_id
-    grants = _grants_of_user(app, state)
+    grants, role = _grants_of_user(app, state)
     _check_token(state, revoked, verified.issued_at)
-    actor = Actor(app, user_id, grants, f"user:{user_id}", device, session)
+    actor = Actor(app, user_id, grants, f"user:{user_id}", device, session, role)
     return Authenticated(actor, verified.expires_at, verified.issued_at, verified.jti, verified.key_id)
 
 
@@ -608,13 +609,13 @@ def _check_token(state: _UserState | None, revoked: bool, issued_at: int | None)
         raise Refusal("token_revoked", "The token was revoked: get a fresh one.")
 
 
-def _grants_of_user(app: AppContext, state: _UserState | None) -> Grants:
-    """What an active user's role grants. Raises Refusal for anybody else."""
+def _grants_of_user(app: AppContext, state: _UserState | None) -> tuple[Grants, str]:
+    """What an active user's role grants, and the role. Raises Refusal for anybody else."""
     if state is None or state.deleted:
         raise Refusal("user_unknown", "There is no such user in this app.")
     if state.deactivated:
         raise Refusal("user_deactivated", "The user is deactivated.")
-    return app.app_roles.get(state.role, NONE)
+    return app.app_roles.get(state.role, NONE), state.role
 
 
 def _invalid_key() -> Refusal:

@@ -60,11 +60,12 @@ async def record(
     ref: str | None,
     item: str,
     data: Any,
+    now: int | None = None,
 ) -> Published:
     """Append an event to a stream inside a unit, sealed, and give back its announcement.
 
     `item` names the row for its associated data and must be unique in the stream; `data` is a struct of
-    `tidings.wire.events`, or its encoding.
+    `tidings.wire.events`, or its encoding. `now` (ms) is the present where `at` is an earlier moment.
     """
     encoded = data if isinstance(data, bytes) else encode(data)
     seq = await log.append_event(
@@ -73,6 +74,7 @@ async def record(
         sid=sid,
         type=type,
         at=at,
+        now=at if now is None else now,
         by=by,
         ref=ref,
         item=item,

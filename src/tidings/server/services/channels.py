@@ -553,6 +553,7 @@ class Channels:
             access_version=row.access_version,
             cipher=self._cipher(app, row),
             floor=row.floor,
+            member_count=row.member_count,
         )
         member = (
             Member(Grants(grants), False, None, 0)
@@ -733,7 +734,7 @@ class Channels:
             await shred(tx, channel.sid)
             await log.touch_access(tx, channel.sid)
             await line_of(actor, Action.CHANNEL_DELETED, f"channel:{channel_id}", job.mark, now).write(tx)
-            told, more = await self._release_some(tx, app, channel.sid, channel_id, job)
+            told, more = await self._release_some(tx, app, channel.sid, channel_id, job, now)
             if more:
                 await tx.execute(
                     "INSERT INTO meta(name,value) VALUES (?,?)", _job_name(app.app, channel_id), encode(job).decode()
@@ -778,7 +779,7 @@ class Channels:
 
     async def _finish_deletion(self, app: AppContext, sid: int, channel_id: str, job: _Deletion) -> None:
         async def release(tx: Tx) -> Change[bool]:
-            told, more = await self._release_some(tx, app, sid, channel_id, job)
+            told, more = await self._release_some(tx, app, sid, channel_id, job, self._clock.now_ms())
             if not more:
                 await tx.execute("DELETE FROM meta WHERE name=?", _job_name(app.app, channel_id))
             return Change(more, tuple(told))
@@ -787,7 +788,7 @@ class Channels:
             pass
 
     async def _release_some(
-        self, tx: Tx, app: AppContext, sid: int, channel_id: str, job: _Deletion
+        self, tx: Tx, app: AppContext, sid: int, channel_id: str, job: _Deletion, now: int
     ) -> tuple[list[Published], bool]:
         """End up to `RELEASE_BATCH` memberships of a deleted channel: what those users are told, and whether there may
         be more of them."""
@@ -802,7 +803,7 @@ class Channels:
             "DELETE FROM members WHERE app=? AND sid=? AND members.user=?", [(app.app, sid, user) for user in users]
         )
         told = [
-            await record_left(tx, app, own, channel_id, "deleted", at=job.at, by=job.by, mark=job.mark)
+            await record_left(tx, app, own, channel_id, "deleted", at=job.at, by=job.by, mark=job.mark, now=now)
             for own in await user_streams(tx, self._keyring, app, users)
         ]
         return told, len(users) == RELEASE_BATCH

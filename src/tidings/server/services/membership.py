@@ -152,10 +152,12 @@ async def delete_member(
     at: int,
     by: str | None,
     mark: str,
+    now: int | None = None,
 ) -> list[Notice]:
     """End a membership; what to announce, `Left` first: the one who leaves hears nothing more of the channel.
 
-    `own`: their own stream, None if it is destroyed. The stream's row is locked by the caller.
+    `own`: their own stream, None if it is destroyed. `now`: the present, where `at` is an earlier moment. The stream's
+    row is locked by the caller.
     """
     await tx.execute("DELETE FROM members WHERE app=? AND sid=? AND members.user=?", app.app, place.sid, user)
     await tx.execute(
@@ -183,10 +185,11 @@ async def delete_member(
             ref=user,
             item=f"{mark}/{user}",
             data=MemberChanged(user=user, reason=reason),
+            now=now,
         )
     )
     if own is not None:
-        notices.append(await record_left(tx, app, own, place.id, reason, at=at, by=by, mark=mark))
+        notices.append(await record_left(tx, app, own, place.id, reason, at=at, by=by, mark=mark, now=now))
     return notices
 
 
@@ -200,6 +203,7 @@ async def record_left(
     at: int,
     by: str | None,
     mark: str,
+    now: int | None = None,
 ) -> Published:
     """Tell a user's own stream that a channel is theirs no more."""
     return await record_own(
@@ -212,6 +216,7 @@ async def record_left(
         ref=channel,
         mark=mark,
         data=ChannelLeft(channel=channel, reason=reason),
+        now=now,
     )
 
 

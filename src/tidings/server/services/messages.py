@@ -39,10 +39,22 @@ from tidings.wire.resources import Attachment, MessageVersion, Reaction
 
 from .access import ATTEMPTS_MAX, Access, AccessService, Actor
 from .change import Change, record
-from .rendering import UPDATED, MessageBody, decode_body, render_created, render_tombstone
+from .rendering import (
+    UPDATED,
+    MessageBody,
+    decode_body,
+    render_created,
+    render_event,
+    render_tombstone,
+    render_withheld,
+)
 
 P = Permission
 _SEND: Final = bit(P.MESSAGE_SEND)
+
+# With history `since_join` an edit looks whether somebody has joined after the message, member by member. Beyond this
+# many it is taken for granted, so that an edit costs the writer at most about 0.1 ms more.
+WITHHELD_MEMBERS_MAX: Final = 1_000
 
 _ROW: Final = (
     "m.seq,m.id,m.sender,m.at,m.content_seq,m.flags,m.edits,m.deleted_at,m.deleted_by,coalesce(e.item,m.id),"
@@ -159,7 +171,8 @@ class Messages:
         access version under which it was decided.
 
         `done` gets `Appended` after the commit and before anybody hears of the message, or the exception (`Stale`
-        means: use `send`). With `version`, only under that one. Raises Refusal when the message may not be sent.
+        means: use `send`). With `version`, only under that one. What would be refused is left to `send`, too: it may be
+        the retry of a stored message.
         """
         if draft.reply_to is not None:
             return 0
@@ -170,8 +183,11 @@ class Messages:
         if version and decided != version:
             return 0
         if not access.grants & _SEND:
-            access.check(P.MESSAGE_SEND)
-        check_draft(access, draft)
+            return 0
+        try:
+            check_draft(access, draft)
+        except Refusal:
+            return 0
         self._submit(access, draft, key, done)
         return decided
 
@@ -183,7 +199,8 @@ class Messages:
         key: str,
         then: Callable[[Appended], None] | None = None,
     ) -> Appended:
-        """Store a message and announce it. Once per (sender, channel, key), for ever: a retry gets the first result.
+        """Store a message and announce it. Once per (sender, channel, key), for ever: a retry gets the first result,
+        also when the message might not be sent any more, as long as its sender may see the channel.
 
         `then` is called after the commit and before anybody hears of the message: its sender is answered first.
 
@@ -191,10 +208,18 @@ class Messages:
         nothing is stored, unless an earlier try with this key was.
         """
         for _ in range(ATTEMPTS_MAX):
-            access = await self._access.channel(actor, channel_id, P.MESSAGE_SEND)
-            check_draft(access, draft)
-            if draft.reply_to is not None:
-                await self._check_reply(access, draft.reply_to)
+            try:
+                access = await self._access.channel(actor, channel_id, P.MESSAGE_SEND)
+                check_draft(access, draft)
+                if draft.reply_to is not None:
+                    await self._check_reply(access, draft.reply_to)
+            except Refusal:
+                first = await self._first_result(actor, channel_id, draft, key)
+                if first is None:
+                    raise
+                if then is not None:
+                    then(first)
+                return first
             future: asyncio.Future[Appended] = asyncio.get_running_loop().create_future()
 
             def settle(outcome: Appended | Exception, future: asyncio.Future[Appended] = future) -> None:
@@ -213,6 +238,28 @@ class Messages:
             except Stale:
                 self._access.forget_channel(actor.app.app, channel_id)
         raise StoreUnavailable("the channel's members change too fast")
+
+    async def _first_result(self, actor: Actor, channel_id: str, draft: Draft, key: str) -> Appended | None:
+        """What an earlier try with this key and body has stored, for somebody who may still see the channel."""
+        try:
+            access = await self._access.channel(actor, channel_id, P.CHANNEL_READ)
+        except Refusal:
+            return None
+        channel = access.channel
+
+        async def unit(tx: Tx) -> Row | None:
+            return await tx.one(
+                "SELECT id, seq, at, digest FROM messages m WHERE m.app=? AND m.sid=? AND m.sender=? AND m.key=?",
+                channel.app,
+                channel.sid,
+                actor.user if actor.user is not None else BACKEND,
+                key,
+            )
+
+        row = await self._store.read(unit)
+        if row is None or row[3] != actor.app.cipher.fingerprint(encode(draft)):
+            return None
+        return Appended(row[0], row[1], row[2], True)
 
     def _submit(self, access: Access, draft: Draft, key: str, done: Callable[[Appended | Exception], None]) -> None:
         channel = access.channel
@@ -308,6 +355,8 @@ class Messages:
                     f"A message can be edited {limits.EDITS_PER_MESSAGE_MAX} times.",
                     bound=limits.EDITS_PER_MESSAGE_MAX,
                 )
+            if edit.mentions and not channel.type.definition.features.mentions:
+                raise Refusal("feature_off", "Mentions are switched off in this type of channel.", field="mentions")
             check_content(access, edit.attachments, edit.custom)
             old = decode_body(channel.cipher.open(row.sealed, row.item.encode()))
             mentions = old.mentions if edit.mentions is msgspec.UNSET else list(dict.fromkeys(edit.mentions))
@@ -339,6 +388,9 @@ class Messages:
                 item=f"{message_id}/{row.edits + 2}",
                 data=data,
             )
+            if await _is_before_some(tx, access, row.seq):
+                withheld = render_event(UPDATED, channel.id, published.seq, now, actor.user, render_withheld(data))
+                published = Published(channel.sid, published.seq, withheld)
             await tx.execute(
                 "UPDATE messages SET content_seq=?, edits=edits+1, edited_at=?, edited_by=?"
                 " WHERE app=? AND sid=? AND seq=?",
@@ -671,6 +723,27 @@ def render_message(access: Access, row: MessageRow, reactions: list[Reaction] | 
     if reactions:
         data = splice(data, encode(_Reactions(reactions)))
     return data
+
+
+async def _is_before_some(tx: Tx, access: Access, seq: int) -> bool:
+    """Whether a member may not see the message at `seq`, since they joined after it; part of a unit.
+
+    An event is encoded once for all, so what one may not read is left out for everyone. Nobody can join between this
+    and the commit (the stream's row is locked), and who joins later does not get the event at all.
+    """
+    channel = access.channel
+    if channel.type.definition.history != "since_join":
+        return False
+    if channel.member_count > WITHHELD_MEMBERS_MAX:
+        return True
+    return (
+        await tx.one(
+            "SELECT 1 FROM members m WHERE m.app=? AND m.sid=? AND m.joined_seq>=? LIMIT 1",
+            channel.app,
+            channel.sid,
+            seq,
+        )
+    ) is not None
 
 
 async def redact_messages(

@@ -14,13 +14,14 @@ from tidings.server.bus.base import Bus, Signal
 from tidings.server.clock import Clock
 from tidings.server.domain.permissions import Permission
 from tidings.server.errors import NotFound, Refusal
-from tidings.server.store.base import Store, Tx
+from tidings.server.store.base import Row, Store, Tx
 from tidings.server.telemetry import get_logger
 from tidings.wire.codec import encode
 from tidings.wire.commands import ReceiptsSignal, UnreadSignal
 from tidings.wire.resources import Receipt, Unread, UnreadTotal
 
 from .access import Access, AccessService, Actor
+from .apps import CompiledType
 from .counting import HIDDEN, MENTIONED, UNREAD, Counts, unread_of
 
 log = get_logger(__name__)
@@ -32,6 +33,11 @@ PENDING_MAX: Final = 100_000
 # Beyond this many members a channel's receipts are not told one by one: at one read each per message they would be
 # the square of the membership. Positions are kept all the same and read with `GET …/receipts`.
 RECEIPTS_MEMBERS_MAX: Final = 1_000
+
+
+def _are_told(type: CompiledType, member_count: int) -> bool:
+    """Whether positions in such a channel are told to its members as they move."""
+    return type.definition.features.receipts and member_count <= RECEIPTS_MEMBERS_MAX
 
 
 class Receipts:
@@ -52,15 +58,22 @@ class Receipts:
 
     # ------------------------------------------------------------ delivered
 
-    def acknowledge(self, *, app: int, user: str, device: str, sid: int, channel: str, seq: int) -> None:
-        """A device has everything up to `seq`. Written within a tick; a crash before that only repeats a push."""
-        key = (app, sid, user)
-        if seq > self._delivered.get(key, 0):
-            self._delivered[key] = seq
+    def acknowledge(
+        self, *, app: int, user: str, device: str, sid: int, channel: str, seq: int, tell: bool = True
+    ) -> None:
+        """A device has everything up to `seq`. Written within a tick; a crash before that only repeats a push.
+
+        `tell` False for those who may not send receipts: their device's position is kept, the member's is not moved.
+        Whether the channel's type shows receipts at all is looked up here.
+        """
+        if tell:
+            key = (app, sid, user)
+            if seq > self._delivered.get(key, 0):
+                self._delivered[key] = seq
+            self._names[sid] = (app, channel)
         device_key = (app, user, device, sid)
         if seq > self._devices.get(device_key, 0):
             self._devices[device_key] = seq
-        self._names[sid] = (app, channel)
         if not self._wake.is_set():
             self._wake.set()
 
@@ -89,8 +102,9 @@ class Receipts:
         devices, self._devices = self._devices, {}
         now = self._clock.now_ms()
 
-        async def unit(tx: Tx) -> list[tuple[int, str, int, int]]:
+        async def unit(tx: Tx) -> tuple[list[tuple[int, str, int, int]], dict[int, Row]]:
             moved = []
+            channels: dict[int, Row] = {}
             for (app, sid, user), seq in sorted(delivered.items()):
                 # Another device of theirs may be further, and reading and sending move the position, too: what is
                 # told is the row.
@@ -112,6 +126,10 @@ class Receipts:
                     )
                 if row is not None:
                     moved.append((sid, user, row[0], row[1]))
+                    if sid not in channels:
+                        found = await tx.one("SELECT c.app, c.type, c.member_count FROM channels c WHERE c.sid=?", sid)
+                        if found is not None:
+                            channels[sid] = found
             if devices:
                 await tx.many(
                     "INSERT INTO device_positions(app,user,device,sid,seq,at) VALUES (?,?,?,?,?,?)"
@@ -119,19 +137,25 @@ class Receipts:
                     " WHERE device_positions.seq<excluded.seq",
                     [(*key, seq, now) for key, seq in sorted(devices.items())],
                 )
-            return moved
+            return moved, channels
 
         if delivered or devices:
             try:
-                moved = await self._store.run(unit)
+                moved, channels = await self._store.run(unit)
             except Refusal:
                 for key, seq in delivered.items():
                     self._delivered[key] = max(seq, self._delivered.get(key, 0))
                 for device_key, seq in devices.items():
                     self._devices[device_key] = max(seq, self._devices.get(device_key, 0))
                 raise
+            shown = {
+                sid
+                for sid, (app, type, member_count) in channels.items()
+                if _are_told(await self._access.type_of(app, type), member_count)
+            }
             for sid, user, position, read in moved:
-                self._tell(sid, user, position, read)
+                if sid in shown:
+                    self._tell(sid, user, position, read)
         self._announce()
 
     def _tell(self, sid: int, user: str, delivered: int, read: int) -> None:
@@ -147,8 +171,6 @@ class Receipts:
         self._names = {sid: name for sid, name in names.items() if sid in waiting}
         for sid, users in told.items():
             app, channel = names[sid]
-            if len(users) > RECEIPTS_MEMBERS_MAX:
-                continue
             receipts = [Receipt(user=user, delivered=seqs[0], read=seqs[1]) for user, seqs in users.items()]
             self._bus.publish(Signal(app, encode(ReceiptsSignal(channel=channel, receipts=receipts)), sid=sid))
 
@@ -208,14 +230,18 @@ class Receipts:
             return counts
 
         counts = await self._store.run(unit)
-        if channel.type.definition.features.receipts:
+        if _are_told(channel.type, channel.member_count):
             self._names[channel.sid] = (channel.app, channel.id)
             self._tell(channel.sid, user, counts.delivered, counts.read)
             self._wake.set()
         return self._tell_own(actor, channel_id, counts)
 
     async def mark_unread(self, actor: Actor, channel_id: str, seq: int) -> Unread:
-        """Count everything from `seq` on as unread until the channel is read again. Positions stay (G6)."""
+        """Count everything from `seq` on as unread until the channel is read again. Positions stay (G6).
+
+        Marking only ever adds: what is unread stays so, also what stands before `seq`. The mark lies at the earlier of
+        `seq` and where the unread begins, and never at what the member may not see.
+        """
         access = await self._member(actor, channel_id)
         channel, now = access.channel, self._clock.now_ms()
 
@@ -228,9 +254,20 @@ class Receipts:
                     field="seq",
                     bound=head[0] if head else 0,
                 )
+            member = await tx.one(
+                "SELECT m.read, m.marked_from, m.joined_seq FROM members m WHERE m.app=? AND m.sid=? AND m.user=?"
+                + tx.for_update,
+                channel.app,
+                channel.sid,
+                actor.user,
+            )
+            if member is None:
+                raise NotFound("channel", field="channel")
+            position, marked, joined = member
+            floor = max(channel.floor, joined) if channel.type.definition.history == "since_join" else channel.floor
             await tx.execute(
                 "UPDATE members SET marked_from=?, moved_at=? WHERE app=? AND sid=? AND user=?",
-                seq,
+                max(floor + 1, min(seq, position + 1 if marked is None else marked)),
                 now,
                 channel.app,
                 channel.sid,
@@ -279,8 +316,10 @@ class Receipts:
     async def list(
         self, actor: Actor, channel_id: str, *, limit: int, cursor: str | None = None
     ) -> tuple[list[Receipt], str | None]:
-        """How far every member is, by user id, a page at a time."""
+        """How far every member is, by user id, by page. Raises Refusal `feature_off` where that is not shown."""
         access = await self._access.channel(actor, channel_id, Permission.MEMBER_READ)
+        if not access.channel.type.definition.features.receipts:
+            raise Refusal("feature_off", "Receipts are switched off in this type of channel.", field="channel")
 
         async def unit(tx: Tx) -> list[Receipt]:
             rows = await tx.all(

@@ -39,7 +39,13 @@ class MessageBody(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True)
     custom: dict[str, Any] = {}
 
 
+class _Place(msgspec.Struct, frozen=True):
+    seq: int
+
+
 decode_body = msgspec.json.Decoder(MessageBody).decode
+decode_message = msgspec.json.Decoder(Message).decode
+decode_place = msgspec.json.Decoder(_Place).decode
 
 
 def render_event(type: str, stream: str, seq: int, at: int, by: str | None, data: bytes) -> bytes:
@@ -69,13 +75,35 @@ def render_tombstone(
     )
 
 
-def render_logged(stream: str, row: EventRow, cipher: StreamCipher, tombstone: bytes | None) -> bytes:
+def render_withheld(data: bytes) -> bytes:
+    """An edited message for those who may not read it: that it was edited, without its content."""
+    full = decode_message(data)
+    return encode(
+        Message(
+            id=full.id,
+            channel=full.channel,
+            seq=full.seq,
+            user=full.user,
+            kind=full.kind,
+            created_at=full.created_at,
+            edited_at=full.edited_at,
+            edited_by=full.edited_by,
+            edits=full.edits,
+            content_omitted=True,
+        )
+    )
+
+
+def render_logged(stream: str, row: EventRow, cipher: StreamCipher, tombstone: bytes | None, floor: int = 0) -> bytes:
     """An event read from the log: the same bytes that went out live, or with `tombstone` in place of a message that
-    was deleted since. Raises Tampered."""
+    was deleted since, or without the content of a message that is edited but not the reader's to see, since its place
+    is not after `floor`. Raises Tampered."""
     if row.redacted or row.sealed is None:
         data = tombstone if tombstone is not None else b"{}"
     else:
         data = cipher.open(row.sealed, row.item.encode())
         if row.type == CREATED:
             data = splice(b'{"seq":%d}' % row.seq, data)
+        elif floor and row.type == UPDATED and decode_place(data).seq <= floor:
+            data = render_withheld(data)
     return render_event(row.type, stream, row.seq, row.at, row.by, data)

@@ -120,6 +120,7 @@ async def record_own(
     ref: str,
     mark: str,
     data: Any,
+    now: int | None = None,
 ) -> Published:
     """Append an event to a user's own stream. `mark` is unique to the unit and to the event within it."""
     return await record(
@@ -134,6 +135,7 @@ async def record_own(
         ref=ref,
         item=mark,
         data=data,
+        now=now,
     )
 
 

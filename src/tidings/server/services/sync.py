@@ -20,6 +20,7 @@ from tidings.server.domain.permissions import Permission
 from tidings.server.errors import NotFound, Refusal
 from tidings.server.store import log
 from tidings.server.store.base import BACKEND, Store, Tx
+from tidings.wire import limits
 from tidings.wire.commands import Position
 from tidings.wire.resources import Head
 
@@ -32,6 +33,8 @@ from .rendering import render_logged, render_tombstone
 # and the steps of a wall clock; what it repeats is compared by seq and costs nothing.
 MARK_MARGIN_MS: Final = 10_000
 OWN_STREAM: Final = "@me"
+# Streams' numbers have 63 bits: a cursor beyond them was not made here.
+_SID_MAX: Final = 2**63 - 1
 # Users' own streams kept open in memory.
 OWN_STREAMS_MAX: Final = 20_000
 # Long polls at a time. A browser opens six connections to a host at most; the rest is for a user's other devices.
@@ -59,11 +62,14 @@ class Membership:
 
 @dataclass(slots=True, frozen=True)
 class Entry:
-    """What a connecting user may hear, and what of it moved since their mark."""
+    """What a connecting user may hear, and what of it moved since their mark: `moved_sids` all of it, `moved` the first
+    page of heads, `more` the cursor of the next one."""
 
     memberships: list[Membership]
     moved: list[Head]
+    moved_sids: frozenset[int]
     mark: str
+    more: str | None
 
 
 @dataclass(slots=True, frozen=True)
@@ -141,15 +147,20 @@ class Sync:
         return make_mark(self._clock.now_ms())
 
     async def enter(self, actor: Actor, since: str | None) -> Entry:
-        """Everything a connecting user may hear and, with `since`, the heads that moved, in one snapshot."""
+        """Everything a connecting user may hear and, with `since`, the heads that moved, in one snapshot.
+
+        At most `SYNC_STREAMS_MAX` channels are looked into; `heads` with the same mark and the cursor `more` has the
+        others.
+        """
         mark = self.mark()
         since_ms = None if since is None else read_mark(since)
         app, user = actor.app.app, actor.user
 
-        async def unit(tx: Tx) -> tuple[list[Membership], list[Head]]:
+        async def unit(tx: Tx) -> Entry:
+            # In the order of `heads`, whose cursor names the last sid.
             rows = await tx.all(
                 "SELECT m.sid, s.ref, s.epoch, s.head, s.moved_at, m.moved_at FROM members m"
-                " JOIN streams s ON s.sid=m.sid WHERE m.app=? AND m.user=?",
+                " JOIN streams s ON s.sid=m.sid WHERE m.app=? AND m.user=? ORDER BY m.sid",
                 app,
                 user,
             )
@@ -157,19 +168,44 @@ class Sync:
                 "SELECT sid, epoch, head, moved_at FROM streams WHERE app=? AND kind='user' AND ref=?", app, user
             )
             memberships = [Membership(sid, ref, epoch, head) for sid, ref, epoch, head, _, _ in rows]
-            moved: list[Head] = []
             if own is not None:
                 memberships.append(Membership(own[0], OWN_STREAM, own[1], own[2]))
-                if since_ms is not None and own[3] >= since_ms:
-                    moved.append(Head(stream=OWN_STREAM, epoch=own[1], head=own[2]))
-            if since_ms is not None:
-                for sid, ref, epoch, head, stream_moved, member_moved in rows:
-                    if stream_moved >= since_ms or member_moved >= since_ms:
-                        moved.append(await self._head(tx, app, user or "", sid, ref, epoch, head))
-            return memberships, moved
+            if since_ms is None:
+                return Entry(memberships, [], frozenset(), mark, None)
+            moved: list[Head] = []
+            news = [row for row in rows if row[4] >= since_ms or row[5] >= since_ms]
+            sids = {row[0] for row in news}
+            if own is not None and own[3] >= since_ms:
+                moved.append(Head(stream=OWN_STREAM, epoch=own[1], head=own[2]))
+                sids.add(own[0])
+            shown = news[: limits.SYNC_STREAMS_MAX - len(moved)]
+            for sid, ref, epoch, head, _, _ in shown:
+                moved.append(await self._head(tx, app, user or "", sid, ref, epoch, head))
+            more = f"{_base36(shown[-1][0])}.{mark}" if len(news) > len(shown) else None
+            return Entry(memberships, moved, frozenset(sids), mark, more)
 
-        memberships, moved = await self._store.read(unit)
-        return Entry(memberships, moved, mark)
+        return await self._store.read(unit)
+
+    async def heads_with_counts(self, actor: Actor, names: Collection[str]) -> list[Head]:
+        """Where named channels of the actor stand now, with their positions and counts, in one snapshot. Those that
+        they are no member of are left out."""
+        app, user = actor.app.app, actor.user or ""
+
+        async def unit(tx: Tx) -> list[Head]:
+            found = []
+            for name in names:
+                row = await tx.one(
+                    "SELECT m.sid, s.ref, s.epoch, s.head FROM streams s JOIN members m ON m.app=s.app AND m.sid=s.sid"
+                    " WHERE s.app=? AND s.kind='channel' AND s.ref=? AND m.user=?",
+                    app,
+                    name,
+                    user,
+                )
+                if row is not None:
+                    found.append(await self._head(tx, app, user, *row))
+            return found
+
+        return await self._store.read(unit) if names else []
 
     async def heads(
         self, actor: Actor, since: str | None, cursor: str | None, limit: int
@@ -182,7 +218,7 @@ class Sync:
             try:
                 after_text, _, mark = cursor.partition(".")
                 after = int(after_text, 36)
-                if not 0 <= after < 2**53:
+                if not 0 <= after <= _SID_MAX:
                     raise ValueError
                 read_mark(mark)
             except (ValueError, Refusal):
@@ -273,7 +309,7 @@ class Sync:
                 tombstone = None
                 if row.redacted:
                     tombstone = await _tombstone(tx, handle, row.ref)
-                events.append((row.seq, render_logged(handle.name, row, handle.cipher, tombstone)))
+                events.append((row.seq, render_logged(handle.name, row, handle.cipher, tombstone, handle.floor)))
             return EventPage(events, stream[0], stream[1])
 
         return await self._store.read(unit)

@@ -495,7 +495,7 @@ class Users:
             notices: list[Notice] = [
                 AccessChanged(app.app, user=user_id),
                 Revoked(app.app, user_id, "user_unknown"),
-                *await self._leave_some(tx, app, user_id, job),
+                *await self._leave_some(tx, app, user_id, job, now),
             ]
             return Change(row.sid, tuple(notices))
 
@@ -521,7 +521,8 @@ class Users:
 
     async def _finish_deletion(self, app: AppContext, user: str, job: _Deletion) -> None:
         async def leave(tx: Tx) -> Change[bool]:
-            notices = await self._leave_some(tx, app, user, job)
+            # Work resumed after a crash: the streams move now, whatever time the deletion has.
+            notices = await self._leave_some(tx, app, user, job, self._clock.now_ms())
             return Change(bool(notices), tuple(notices))
 
         async def done(tx: Tx) -> None:
@@ -533,7 +534,7 @@ class Users:
             await self._redact_all(app, user, job)
         await self._store.run(done)
 
-    async def _leave_some(self, tx: Tx, app: AppContext, user: str, job: _Deletion) -> list[Notice]:
+    async def _leave_some(self, tx: Tx, app: AppContext, user: str, job: _Deletion, now: int) -> list[Notice]:
         """End up to `DELETION_BATCH` memberships of a deleted user; what to announce, nothing when all are ended."""
         rows = await tx.all(
             "SELECT s.sid, s.ref, s.epoch, s.key_wrapped, s.key_version, s.key_app_version FROM members m"
@@ -550,7 +551,9 @@ class Users:
                 notices.append(Left(app.app, user, sid, channel))
                 continue
             place = Place(sid, channel, epoch, self._cipher(app, sid, wrapped, version, app_version))
-            notices += await delete_member(tx, app, place, user, None, "deleted", at=job.at, by=job.by, mark=job.mark)
+            notices += await delete_member(
+                tx, app, place, user, None, "deleted", at=job.at, by=job.by, mark=job.mark, now=now
+            )
             notices.append(AccessChanged(app.app, sid=sid, channel=channel))
         return notices
 
@@ -584,6 +587,7 @@ class Users:
         self, app: AppContext, user: str, channel: str, sid: int, after: str, job: _Deletion
     ) -> str | None:
         """Destroy up to `DELETION_BATCH` messages with keys after `after`; the last key, None at the end."""
+        now = self._clock.now_ms()
 
         async def unit(tx: Tx) -> Change[str | None]:
             stream = await log.stream(tx, sid)
@@ -591,7 +595,7 @@ class Users:
                 return Change(None)
             rows = await tx.all(
                 "SELECT key, seq, id FROM messages WHERE app=? AND sid=? AND sender=? AND key>?"
-                " AND deleted_at IS NULL ORDER BY key LIMIT ?",
+                " AND redacted<2 ORDER BY key LIMIT ?",
                 app.app,
                 sid,
                 user,
@@ -618,6 +622,7 @@ class Users:
                         ref=message_id,
                         item=f"{job.mark}/{message_id}",
                         data=MessageDeleted(id=message_id, message_seq=seq, hard=True),
+                        now=now,
                     )
                 )
             return Change(rows[-1][0], tuple(notices))

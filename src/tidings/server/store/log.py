@@ -106,14 +106,25 @@ async def append_event(
     sid: int,
     type: str,
     at: int,
+    now: int,
     by: str | None,
     ref: str | None,
     item: str,
     sealed: bytes | None,
 ) -> int:
     """Append one event under the stream's row; its seq. The row stays locked until the unit commits, so numbers
-    cannot commit out of order."""
-    row = await tx.one("UPDATE streams SET head=head+1, moved_at=? WHERE sid=? RETURNING head", at, sid)
+    cannot commit out of order.
+
+    `at` is the event's time, `now` the present, both ms: work that is finished later tells of an earlier moment, but
+    moves the stream now. `moved_at` never goes back: whoever asks what moved since would miss what came before.
+    """
+    row = await tx.one(
+        "UPDATE streams SET head=head+1, moved_at=CASE WHEN moved_at<? THEN ? ELSE moved_at END WHERE sid=?"
+        " RETURNING head",
+        now,
+        now,
+        sid,
+    )
     if row is None:
         raise LookupError(f"stream {sid} is gone")
     seq: int = row[0]

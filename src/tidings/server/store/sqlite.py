@@ -422,12 +422,15 @@ _OUTBOX = ("INSERT INTO outbox(app,sid,seq,type) VALUES ", "")
 _MENTIONS = ("INSERT INTO mentions(app,sid,user,seq) VALUES ", " ON CONFLICT DO NOTHING")
 _STREAMS = (
     "WITH v(sid,head,counted,messages,at) AS (VALUES ",
-    ") UPDATE streams SET head=v.head, counted=v.counted, messages=v.messages, moved_at=v.at, last_message_at=v.at"
+    ") UPDATE streams SET head=v.head, counted=v.counted, messages=v.messages, last_message_at=v.at,"
+    # Never back: a message that waited here is older than an event that did not.
+    " moved_at=CASE WHEN streams.moved_at<v.at THEN v.at ELSE streams.moved_at END"
     " FROM v WHERE streams.sid=v.sid",
 )
 _SENDERS = (
     "WITH v(app,sid,user,seq,counted,at) AS (VALUES ",
-    ") UPDATE members SET delivered=v.seq, read=v.seq, read_counted=v.counted, marked_from=NULL, moved_at=v.at"
+    ") UPDATE members SET delivered=v.seq, read=v.seq, read_counted=v.counted, marked_from=NULL,"
+    " moved_at=CASE WHEN members.moved_at<v.at THEN v.at ELSE members.moved_at END"
     " FROM v WHERE members.app=v.app AND members.sid=v.sid AND members.user=v.user",
 )
 

@@ -1,0 +1,156 @@
+"""What moved: nothing that came after a mark is ever left out of its answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tidings.server.errors import Refusal
+from tidings.server.services.sync import Sync, make_mark
+from tidings.wire.resources import Head
+
+from .conftest import World
+
+
+@pytest.fixture
+def sync(world: World) -> Sync:
+    return Sync(world.store, world.access, world.keyring, world.bus, world.clock)
+
+
+async def moved(world: World, sync: Sync, user: str, since: str | None) -> list[str]:
+    heads, _, _ = await sync.heads(world.acting(user), since, None, 100)
+    return [head.stream for head in heads]
+
+
+async def test_work_resumed_after_a_crash_does_not_take_a_streams_move_back(
+    world: World, sync: Sync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("alice", "bob", "carol"):
+        await world.user(name)
+    await world.channel("alice", "bob", "carol", id="c1")
+
+    async def crash(*_: object) -> None:
+        raise ConnectionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.users, "_leave_some", lambda *_: _nothing())
+        patched.setattr(world.users, "_finish_deletion", crash)
+        with pytest.raises(ConnectionError):
+            await world.users.delete(world.backend, "carol")
+    world.clock.advance(3_600)
+    since = make_mark(world.clock.now_ms())
+    await world.execute("UPDATE members SET moved_at=0")
+    await world.send(world.acting("bob"), "c1")
+    assert "c1" in await moved(world, sync, "alice", since)
+    assert await world.users.resume_deletions() == 1
+    assert world.events("c1")[-1]["type"] == "member.removed"
+    assert "c1" in await moved(world, sync, "alice", since)
+
+
+async def _nothing() -> list[object]:
+    return []
+
+
+async def test_an_event_of_an_earlier_moment_moves_the_stream_now(
+    world: World, sync: Sync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader whose mark lies between a deletion and its completion hears of the completion."""
+    await world.user("alice")
+    await world.user("bob")
+    await world.channel("alice", "bob", id="c1")
+
+    async def crash(*_: object) -> None:
+        raise ConnectionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.users, "_leave_some", lambda *_: _nothing())
+        patched.setattr(world.users, "_finish_deletion", crash)
+        with pytest.raises(ConnectionError):
+            await world.users.delete(world.backend, "bob")
+    world.clock.advance(3_600)
+    since = make_mark(world.clock.now_ms())
+    await world.users.resume_deletions()
+    assert "c1" in await moved(world, sync, "alice", since)
+
+
+async def test_a_clock_that_is_set_back_hides_no_move(world: World, sync: Sync) -> None:
+    await world.user("alice")
+    bob = await world.user("bob")
+    await world.channel("alice", "bob", id="c1")
+    world.clock.advance(3_600)
+    since = make_mark(world.clock.now_ms())
+    await world.execute("UPDATE members SET moved_at=0")
+    sent = await world.send(bob, "c1")
+    world.clock.advance(1)
+    world.clock.set_wall(world.clock.now_ms() - 600_000)
+    await world.send(bob, "c1")
+    await world.messages.react(bob, "c1", sent.message_id, "+1", add=True)
+    assert "c1" in await moved(world, sync, "alice", since)
+    assert "c1" in await moved(world, sync, "bob", since), "his own move stands, too"
+
+
+async def test_what_moved_comes_by_page_and_the_pages_fit_together(
+    world: World, sync: Sync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tidings.wire.limits.SYNC_STREAMS_MAX", 4)
+    alice, bob = await world.user("alice"), await world.user("bob")
+    for number in range(9):
+        await world.channel("alice", "bob", id=f"c{number}")
+    counted = 0
+    real = sync._head
+
+    async def counting(*args: Any) -> Head:
+        nonlocal counted
+        counted += 1
+        return await real(*args)
+
+    monkeypatch.setattr(sync, "_head", counting)
+    since = make_mark(world.clock.now_ms())
+    entry = await sync.enter(alice, since)
+    assert (len(entry.memberships), len(entry.moved), counted) == (10, 4, 3), "what is not shown is not counted"
+    assert entry.more is not None
+    seen = [head.stream for head in entry.moved]
+    more: str | None = entry.more
+    while more is not None:
+        heads, more, mark = await sync.heads(alice, since, more, 4)
+        assert mark == entry.mark
+        seen += [head.stream for head in heads]
+    assert sorted(seen) == sorted(["@me", *(f"c{number}" for number in range(9))])
+    assert len(seen) == 10
+    assert (await sync.enter(alice, None)).more is None
+    world.clock.advance(60)
+    await world.send(bob, "c3")
+    entry = await sync.enter(alice, make_mark(world.clock.now_ms()))
+    assert ([head.stream for head in entry.moved], entry.more) == (["c3"], None)
+
+
+async def test_a_stream_that_moved_meanwhile_is_told_with_its_counts(world: World, sync: Sync) -> None:
+    alice, bob = await world.user("alice"), await world.user("bob")
+    await world.channel("alice", "bob", id="c1")
+    await world.channel("bob", id="c2")
+    first = await world.send(bob, "c1")
+    await world.send(alice, "c1")
+    last = await world.send(bob, "c1", mentions=["alice"])
+    [head] = await sync.heads_with_counts(alice, ["c1", "c2", "c3"])
+    assert (head.stream, head.head, head.read, head.unread, head.mentions) == ("c1", last.seq, first.seq + 1, 1, 1)
+    assert await sync.heads_with_counts(alice, []) == []
+
+
+@pytest.mark.parametrize("mark", ["f" * 17, "f" * 64, "-1", "8000000000000000", "zz", ""])
+async def test_marks_that_were_not_made_here_are_refused(world: World, sync: Sync, mark: str) -> None:
+    alice = await world.user("alice")
+    with pytest.raises(Refusal, match="mark"):
+        await sync.enter(alice, mark)
+    with pytest.raises(Refusal, match="mark"):
+        await sync.heads(alice, mark, None, 10)
+    with pytest.raises(Refusal, match="cursor"):
+        await sync.heads(alice, None, f"1.{mark}", 10)
+
+
+@pytest.mark.parametrize("place", ["z" * 20, "-1", "1y2p0ij32e8e8"])
+async def test_cursors_beyond_every_stream_are_refused(world: World, sync: Sync, place: str) -> None:
+    alice = await world.user("alice")
+    with pytest.raises(Refusal) as caught:
+        await sync.heads(alice, None, f"{place}.{sync.mark()}", 10)
+    assert caught.value.code == "cursor_invalid"
