@@ -126,6 +126,7 @@ ROWS: dict[str, Row] = {
     "messages.versions": channel(STAFF | BACKEND),
     "messages.react": channel(INSIDE, wrong=BACKEND | NARROW, body={"emoji": "👍"}, foreign=(422, 404)),
     "messages.unreact": channel(INSIDE, wrong=BACKEND | NARROW, foreign=(422, 404)),
+    "messages.unreact_any": channel(INSIDE, wrong=BACKEND | NARROW, query={"emoji": "👍"}, foreign=(422, 404)),
     # Positions.
     "receipts.read": channel(INSIDE, wrong=BACKEND, body={"seq": 1}),
     "receipts.mark_unread": channel(INSIDE, wrong=BACKEND, body={"seq": 1}),

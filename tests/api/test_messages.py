@@ -122,3 +122,45 @@ async def test_a_backend_sends_in_a_users_name(world: World, channel: str) -> No
         "backend", "POST", f"/v1/channels/{channel}/messages", {"text": "x"}, headers={"tidings-user": "alice"}
     )
     assert (await world.ok("bob", "GET", f"/v1/channels/{channel}/messages/{sent['id']}"))["user"] == "alice"
+
+
+async def test_the_way_past_the_router_answers_as_the_long_way(world: World) -> None:
+    await world.user("alice")
+    channel = await world.channel("alice")
+    own = f"/v1/channels/{channel}/messages"
+    await world.ok("alice", "POST", own, {"text": "x", "key": "same"})
+    shortcut = world.rest.asgi_handler._app  # type: ignore[attr-defined]
+    tail = shortcut._tail
+    for who, path, body, headers in (
+        ("alice", own, {"text": "x", "key": "same"}, {}),
+        ("alice", own, {"text": "y", "key": "same"}, {}),
+        ("alice", "/v1/channels/nowhere/messages", {"text": "x"}, {}),
+        ("alice", "/v1/channels/a%20b/messages", {"text": "x"}, {}),
+        ("alice", "/v1/channels/a%2Fb/messages", {"text": "x"}, {}),
+        ("alice", "/v1/channels//messages", {"text": "x"}, {}),
+        ("alice", own + "?limit=3", {"text": "x"}, {}),
+        ("alice", own, {"txt": "x"}, {"origin": "https://x.example"}),
+        (None, own, {"text": "x"}, {}),
+        ("bad_token", own, {"text": "x"}, {}),
+    ):
+        answers = []
+        for way in (tail, "/never"):
+            shortcut._tail = way
+            reply = await world.call(who, "POST", path, body, headers={**headers, "x-request-id": "same"})
+            told = sorted(item for item in reply.headers.multi_items() if item[0] != "ratelimit")
+            answers.append((reply.status_code, told, reply.json()))
+        shortcut._tail = tail
+        assert answers[0] == answers[1]
+    text = (await world.http.get("/metrics")).text
+    # Both ways are counted under the one address.
+    assert 'route="/v1/channels/{channel}/messages",status="200"} 2.0' in text
+
+
+async def test_a_reaction_with_a_slash_in_its_name_can_be_taken_back(world: World) -> None:
+    await world.user("alice")
+    channel = await world.channel("alice")
+    path = f"/v1/channels/{channel}/messages/{(await world.send('alice', channel))['id']}"
+    await world.ok("alice", "POST", f"{path}/reactions", {"emoji": ":n/a:"})
+    await world.ok("alice", "DELETE", f"{path}/reactions", params={"emoji": ":n/a:"})
+    assert "reactions" not in await world.ok("alice", "GET", path)
+    assert (await world.call("alice", "DELETE", f"{path}/reactions")).json()["field"] == "emoji"

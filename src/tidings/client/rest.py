@@ -748,8 +748,8 @@ class MessagesRest(_Noun):
 
     async def unreact(self, channel: str, id: str, emoji: str) -> int | None:
         """Take the user's reaction back. Answers the seq of the change, None when there was none."""
-        path = _path("channels", channel, "messages", id, "reactions", emoji)
-        return (await self._rest._call(Changed, "DELETE", path)).seq
+        path = _path("channels", channel, "messages", id, "reactions")
+        return (await self._rest._call(Changed, "DELETE", path, query={"emoji": emoji})).seq
 
 
 class ReceiptsRest(_Noun):

@@ -216,6 +216,8 @@ class Server:
                 loop="none",
                 lifespan="off",
                 access_log=False,
+                # Whose word about a client's address counts is ours to say; see Config.trusts.
+                proxy_headers=False,
                 log_config=None,
                 server_header=False,
                 date_header=False,

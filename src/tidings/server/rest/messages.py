@@ -11,7 +11,7 @@ from tidings.server.errors import Refusal
 from tidings.server.services.messages import Draft, Edit
 from tidings.wire import limits
 from tidings.wire.codec import encode
-from tidings.wire.ids import Seq, time_of
+from tidings.wire.ids import Emoji, Seq, time_of
 from tidings.wire.replies import Changed, HistoryPage, Page, SentMessage
 from tidings.wire.requests import MessageEdit, MessageSend, ReactionAdd
 from tidings.wire.resources import Message, MessageVersion
@@ -225,11 +225,33 @@ async def react(call: Call[None, ReactionAdd]) -> Changed:
     problems=("conflict", "feature_off", "invalid_field"),
 )
 async def unreact(call: Call[None, None]) -> Changed:
-    """The caller's own. The emoji is percent-encoded in the address."""
+    """The caller's own. The emoji is percent-encoded in the address; one with a slash in it goes into the query of the
+    address above instead."""
     seq = await call.services.messages.react(
         call.actor, call.path["channel"], call.path["message"], call.path["emoji"], add=False
     )
     return Changed(seq=seq)
 
 
-OPERATIONS: Final = (history, get, edit, delete, versions, react, unreact)
+class UnreactQuery(Query, frozen=True, kw_only=True):
+    emoji: Emoji
+
+
+@operation(
+    "messages.unreact_any",
+    "DELETE",
+    _MESSAGE + "/reactions",
+    "Take a reaction back, whatever its name",
+    reply=Changed,
+    query=UnreactQuery,
+    problems=("conflict", "feature_off", "invalid_field"),
+)
+async def unreact_any(call: Call[UnreactQuery, None]) -> Changed:
+    """The caller's own. Names with a slash in them cannot stand in an address: proxies and routers take it apart."""
+    seq = await call.services.messages.react(
+        call.actor, call.path["channel"], call.path["message"], call.query.emoji, add=False
+    )
+    return Changed(seq=seq)
+
+
+OPERATIONS: Final = (history, get, edit, delete, versions, react, unreact, unreact_any)

@@ -249,8 +249,8 @@ _STRUCTURE: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\Z)|[\[\]{}]', re.DOTA
 
 def decode_query(op: Operation, raw: bytes) -> Any:
     """The query string as the operation's struct. Lists are comma-separated. Raises Refusal naming the parameter."""
-    if not raw:
-        return None if op.query is None else op.query()
+    if not raw and op.query is None:
+        return None
     try:
         pairs = parse_qsl(raw.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=QUERY_FIELDS_MAX)
     except ValueError:
