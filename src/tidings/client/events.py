@@ -54,11 +54,7 @@ class MessageCreated(ChannelEvent, frozen=True, kw_only=True, tag="message.creat
 
 
 class MessageUpdated(ChannelEvent, frozen=True, kw_only=True, tag="message.updated"):
-<<<<<<< HEAD
-    """`message` is the whole message as it is now; with `content_omitted` it has to be read again if it is known."""
-=======
     """`message` is the whole message as it is now; with `content_omitted` it must be read again if it is known here."""
->>>>>>> fixsvc
 
     message: Message = field(name="data")
 

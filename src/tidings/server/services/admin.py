@@ -8,15 +8,9 @@ Two rules hold throughout:
   cannot make a wider one, and an administrator who may not read messages cannot define a role that may.
 
 Changes to roles and types announce `AccessChanged(app)`: everything remembered about the app is dropped and whatever is
-<<<<<<< HEAD
-authorised after the answer is authorised anew. A relation concerns one user, and only they are named. None moves the
-access version of the app's channels (there may be millions), so a message whose sending was decided before the
-change may still commit just after it.
-=======
 authorised after the answer is authorised anew. A relation concerns one user, and only they are named. None of them
 moves the access version of the app's channels (there may be millions), so a message whose sending was decided before
 the change may still commit just after it.
->>>>>>> fixsvc
 """
 
 from __future__ import annotations

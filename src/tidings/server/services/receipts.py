@@ -316,11 +316,7 @@ class Receipts:
     async def list(
         self, actor: Actor, channel_id: str, *, limit: int, cursor: str | None = None
     ) -> tuple[list[Receipt], str | None]:
-<<<<<<< HEAD
-        """How far every member is, by user id, by page. Raises Refusal `feature_off` where that is not shown."""
-=======
         """How far every member is, by user id, a page at a time. Raises Refusal `feature_off` where it is not shown."""
->>>>>>> fixsvc
         access = await self._access.channel(actor, channel_id, Permission.MEMBER_READ)
         if not access.channel.type.definition.features.receipts:
             raise Refusal("feature_off", "Receipts are switched off in this type of channel.", field="channel")
