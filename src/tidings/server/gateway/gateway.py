@@ -683,7 +683,10 @@ class Gateway:
                 merged.append((stream, seq))
         receipts = self.services.receipts
         for stream, seq in merged:
+            # Without the permission only the device's own position is kept.
+            access = None if connection.actor is None else self.access.cached(connection.actor, stream.name)
             receipts.acknowledge(
+                tell=access is None or access.may(Permission.RECEIPT_SEND),
                 app=connection.app,
                 user=connection.user,
                 device=connection.device,
