@@ -50,7 +50,7 @@ async def wait_until(condition: Callable[[], object], what: str, timeout_s: floa
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"within {timeout_s} s it did not come about that {what}"
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # why: the pace of a loop that looks at a condition
 
 
 class Wire:
@@ -295,7 +295,7 @@ async def open_house(folder: Path, *, command: Sequence[str] = SERVE_COMMAND, **
         while found is None:
             assert time.monotonic() < deadline, f"the server did not introduce its first app\n{server.tail()}"
             found = _FIRST_APP.search(server.stderr_path.read_text())
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # why: the pace of a loop that looks at a condition
         house = House(server, *found.groups())
         try:
             yield house

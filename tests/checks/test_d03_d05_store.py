@@ -50,7 +50,7 @@ class _SlowToCommit:
 
     def execute(self, sql: str, *args: Any) -> sqlite3.Cursor:
         if sql == "COMMIT":
-            time.sleep(self._rng.choice((0.0, 0.001, 0.01, 0.03)))
+            time.sleep(self._rng.choice((0.0, 0.001, 0.01, 0.03)))  # why: the pace of a loop that looks at a condition
         return self._connection.execute(sql, *args)
 
 

@@ -219,7 +219,7 @@ async def test_d14_each_device_has_its_own_position(house: House) -> None:
 
     async with asyncio.timeout(10):
         while not rows():
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.02)  # why: the pace of a loop that looks at a condition
     assert rows() == [("d0", 13)], "one device's acknowledgement was written for another"
     # The second says since when, the third what it has; the first has read everything meanwhile.
     second = await house.wire("ian", device="d1", connect={"since": marks[1]})

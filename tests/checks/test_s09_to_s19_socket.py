@@ -134,7 +134,7 @@ async def test_s9_a_socket_that_says_nothing_is_dropped_within_its_time(tmp_path
         await wires[0].close()
         async with asyncio.timeout(10):
             while await house.metric("tidings_connections") > 4:
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.02)  # why: the pace of a loop that looks at a condition
         assert (await house.wire("ann", device="again")).closed is None
         # Who was first is still there.
         assert (await wires[1].ask("ping"))["type"] == "pong"

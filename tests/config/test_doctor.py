@@ -73,7 +73,7 @@ def test_a_root_key_that_others_can_read_is_a_failure(tmp_path: Path) -> None:
         "fail",
         "root key",
         f"{key} is open to others (mode 0640)",
-        f"chmod 600 {key}; if others could read it, rotate it with `tidings keys rotate`.",
+        f"chmod 600 {key}; if others could read it, rotate it with `tidings keys rotate-root`.",
     )
     assert doctor.check_key_file(tmp_path).status == "fail"
 

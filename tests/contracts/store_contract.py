@@ -123,7 +123,9 @@ async def seqs(store: Store, sid: int) -> list[int]:
 
 
 async def event(tx: Tx, sid: int, item: str) -> int:
-    return await log.append_event(tx, app=APP, sid=sid, type="test", at=2, by=None, ref=None, item=item, sealed=None)
+    return await log.append_event(
+        tx, app=APP, sid=sid, type="test", at=2, now=2, by=None, ref=None, item=item, sealed=None
+    )
 
 
 def event_unit(sid: int, item: str) -> Callable[[Tx], Awaitable[int]]:

@@ -349,7 +349,7 @@ async def test_no_gap_and_no_double_under_any_interleaving(
         for _ in range(rng.randrange(4)):
             await asyncio.sleep(0)
         if rng.random() < 0.1:
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.001)  # why: the pace of a loop that looks at a condition
     await asyncio.gather(*sending)
     alice.resume()
     bob.resume()
@@ -377,7 +377,7 @@ async def test_a_client_by_the_rules_has_everything_once_whatever_it_asks_for(
         for _ in range(rng.randrange(5)):
             await asyncio.sleep(0)
         if rng.random() < 0.3:
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(0.002)  # why: the pace of a loop that looks at a condition
     await asyncio.gather(*sending)
     end = await node.head("c")
     await alice.until(lambda: not alice.behind)

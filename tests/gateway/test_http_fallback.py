@@ -149,7 +149,7 @@ async def test_a_poll_waits_for_the_first_frame(door: Door) -> None:
     polling = asyncio.create_task(alice.poll(0, 20))
     async with asyncio.timeout(5):
         while not door.connection(alice.session).readers:
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.001)  # why: the pace of a loop that looks at a condition
     await door.node.send("c", "at last")
     answer = await polling
     assert [frame["frame"]["data"]["text"] for frame in answer["frames"]] == ["at last"]
@@ -255,7 +255,7 @@ async def test_a_reader_who_waits_counts_as_reading(door: Door) -> None:
     polling = asyncio.create_task(alice.poll(0, 20))
     async with asyncio.timeout(5):
         while not connection.readers:
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.001)  # why: the pace of a loop that looks at a condition
     door.node.clock.advance(IDLE_SECONDS + 1)
     connection.tick(door.node.clock.monotonic())
     await door.node.send("c", "here")
@@ -267,7 +267,7 @@ async def test_a_revoked_session_tells_its_reader_why(door: Door) -> None:
     polling = asyncio.create_task(alice.poll(0, 20))
     async with asyncio.timeout(5):
         while not door.connection(alice.session).readers:
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.001)  # why: the pace of a loop that looks at a condition
     door.node.clock.advance(1)
     auth: Auth = door.node.core.services.auth
     await auth.revoke(door.node.backend, "alice")
@@ -285,7 +285,7 @@ async def test_a_session_that_is_not_fetched_from_is_bounded_and_misses_nothing(
         connection.receive(b'{"type":"connect","device":{"id":"d"}}')
         async with asyncio.timeout(5):
             while not connection._kept:
-                await asyncio.sleep(0.001)
+                await asyncio.sleep(0.001)  # why: the pace of a loop that looks at a condition
         connection.take_first()
         start = await node.head("c")
         for _ in range(60):

@@ -185,7 +185,7 @@ async def test_sends_of_one_session_keep_their_order_while_the_members_change(no
         if n % 3 == round % 3:
             await asyncio.sleep(0)
         if n % 7 == round % 7:
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.001)  # why: the pace of a loop that looks at a condition
     await changing
     await alice.until(lambda: all(alice.reply(ref) for ref in refs))
     await alice.quiet()

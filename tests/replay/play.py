@@ -377,7 +377,7 @@ class Play:
             except (NotConnected, OutcomeUnknown):
                 if time.monotonic() > deadline:
                     raise
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # why: the pace of a loop that looks at a condition
 
     async def make_channel(self, script: Script) -> str:
         rest = self.house.rest

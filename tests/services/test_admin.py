@@ -339,8 +339,6 @@ CALLS = {
     "list_roles": lambda a, w: a.list_roles(w),
     "put_role": lambda a, w: a.put_role(w, "app", "x", []),
     "delete_role": lambda a, w: a.delete_role(w, "app", "x"),
-    "list_types": lambda a, w: a.list_types(w),
-    "get_type": lambda a, w: a.get_type(w, "group"),
     "put_type": lambda a, w: a.put_type(w, "x", ChannelTypePut()),
     "delete_type": lambda a, w: a.delete_type(w, "x"),
     "put_relation": lambda a, w: a.put_relation(w, Relation(kind="panel", user="x", other="y")),

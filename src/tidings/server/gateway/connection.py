@@ -376,7 +376,7 @@ class Connection(Peer):
 
     def end(self, code: int, reason: str) -> None:
         """Close the transport with a close code."""
-        raise NotImplementedError  # contract: every transport has its own
+        raise NotImplementedError  # why: every transport has its own
 
     # ------------------------------------------------------------ from the hub
 

@@ -75,15 +75,15 @@ class Peer:
 
     def write(self, data: bytes) -> None:
         """Hand frames to the transport. Must not raise and must not block."""
-        raise NotImplementedError  # contract: every transport has its own
+        raise NotImplementedError  # why: every transport has its own
 
     def write_one(self, payload: bytes) -> None:
         """Hand one payload to the transport, which frames it. Must not raise and must not block."""
-        raise NotImplementedError  # contract: every transport has its own
+        raise NotImplementedError  # why: every transport has its own
 
     def fell_behind(self) -> None:
         """The hub has put this peer behind on a stream: catch it up when it can take more."""
-        raise NotImplementedError  # contract: every transport has its own
+        raise NotImplementedError  # why: every transport has its own
 
     def subscribed(self, stream: Stream) -> None:
         """The peer's user has joined a channel: it is live from its head on."""

@@ -1,16 +1,13 @@
 """Running an app: keys, roles, channel types, relations, the audit trail.
 
 Two rules hold throughout:
-
 * Every change writes a line of the audit trail in its own transaction.
 * Nobody gives away what they do not hold. A key, role, type or relation may add only words that its maker's own
   grants contain; keeping or taking away what others have been given is always allowed. So a key with few scopes
   cannot make a wider one, and an administrator who may not read messages cannot define a role that may.
 
-Changes to roles and types announce `AccessChanged(app)`: everything remembered about the app is dropped and whatever is
-authorised after the answer is authorised anew. A relation concerns one user, and only they are named. None of them
-moves the access version of the app's channels (there may be millions), so a message whose sending was decided before
-the change may still commit just after it.
+Changes to roles and types announce `AccessChanged(app)`, those to relations name the user. None moves the access
+version of channels (there may be millions): a message whose sending was decided before may still commit just after.
 """
 
 from __future__ import annotations
@@ -52,6 +49,7 @@ from tidings.wire.resources import (
     App,
     AppSettings,
     AuditEntry,
+    ChannelFeatures,
     ChannelType,
     IdentityProvider,
     Relation,
@@ -595,7 +593,7 @@ class Admin:
             _check_id(role, "grants")
         definition = ChannelType(
             name=name,
-            features=put.features,
+            features=ChannelFeatures(**msgspec.structs.asdict(put.features)),
             grants=grants,
             default_role=put.default_role,
             creator_role=put.creator_role,
