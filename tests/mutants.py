@@ -670,8 +670,8 @@ MUTANTS: list[Mutant] = [
         check="D17",
         why="a transport that ended while it entered stays online for ever",
         file="src/tidings/server/gateway/connection.py",
-        old="        self.ended = True\n        self.session.closed()\n        self._make_room()\n        self._pending.",
-        new="        self.session.closed()\n        self._make_room()\n        self._pending.",
+        old='ended, by whomever."""\n        self.ended = True\n',
+        new='ended, by whomever."""\n',
         tests=["tests/gateway/test_hub.py", "-k", "ends_while"],
     ),
     Mutant(
