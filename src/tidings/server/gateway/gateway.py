@@ -363,6 +363,8 @@ class Gateway:
         if older is not None and older is not connection:
             older.close(Refusal("replaced", "This device has connected again."))
         moved = {head.stream: head for head in entry.moved}
+        # What moved between the snapshot and the subscription; held meanwhile, so that its counts can be read.
+        late: list[str] = []
         sids: dict[str, int] = {}
         for membership in entry.memberships:
             sid, name = membership.sid, membership.name
@@ -375,9 +377,14 @@ class Gateway:
             if command.since is not None:
                 if sid not in entry.moved_sids and stream.head > membership.head:
                     moved[name] = Head(stream=name, epoch=stream.epoch, head=stream.head)
+                    late.append(name)
                 if name in moved or sid in entry.moved_sids:
                     connection.behind[sid] = None
         self.hub.settled(connection)
+        if late:
+            moved.update({head.stream: head for head in await self.sync.heads_with_counts(actor, late)})
+            if connection.ended:
+                return
         refused: dict[str, StreamRefused] = {}
         for name in command.positions:
             if name in sids:
