@@ -818,6 +818,14 @@ MUTANTS: list[Mutant] = [
         new="        P.MEMBER_READ,\n        P.CHANNEL_READ,\n        P.USER_CREATE,",
         tests=["tests/domain/test_permissions.py"],
     ),
+    Mutant(
+        check="harness",
+        why="a server that had ended before anybody looked leaves its workers behind",
+        file="src/tidings/testing/process.py",
+        old="            return None\n        _kill_group(process)\n",
+        new="            return None\n",
+        tests=["tests/testing/test_process.py", "-k", "before_anybody_looked"],
+    ),
 ]
 
 Verdict = Literal["caught", "SURVIVED", "STALE", "BROKEN"]

@@ -177,6 +177,16 @@ async def test_what_the_server_started_goes_with_it(tmp_path: Path, how: str) ->
         await wait_until(lambda: not is_alive(child))
 
 
+async def test_what_a_server_started_goes_though_it_had_ended_before_anybody_looked(tmp_path: Path) -> None:
+    async with make(tmp_path) as server:
+        child, leader = int(await ask(server, "/child")), server.pid
+        os.kill(leader, signal.SIGKILL)
+        # Ended, and not yet reaped: from the reaping on, nothing could be sent to its group.
+        os.waitid(os.P_PID, leader, os.WEXITED | os.WNOWAIT)
+        assert await server.wait_exit() == -signal.SIGKILL
+        await wait_until(lambda: not is_alive(child))
+
+
 async def test_a_forgotten_server_is_killed_with_its_object(tmp_path: Path) -> None:
     server = make(tmp_path)
     await server.start()

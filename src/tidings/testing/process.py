@@ -141,12 +141,12 @@ class ServerProcess:
 
     @property
     def running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        return self._process is not None and _poll(self._process) is None
 
     @property
     def exit_code(self) -> int | None:
         """Of the last start; negative is the signal that ended it, None while it runs."""
-        return self._started().poll()
+        return _poll(self._started())
 
     async def __aenter__(self) -> Self:
         try:
@@ -244,7 +244,8 @@ class ServerProcess:
     async def wait_exit(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
         """Wait until the process has ended; its exit code. Raises `TimeoutError`."""
         process = self._started()
-        if process.poll() is None:
+        code = _poll(process)
+        if code is None:
             loop = asyncio.get_running_loop()
             ended = asyncio.Event()
             watched = os.pidfd_open(process.pid)
@@ -254,9 +255,9 @@ class ServerProcess:
             finally:
                 loop.remove_reader(watched)
                 os.close(watched)
-            # Workers that outlived their leader go with it, while the group's number is still ours.
-            _kill_group(process)
-        return process.wait()
+            code = _poll(process)
+            assert code is not None, "the kernel has said that it ended"
+        return code
 
     def sigstop(self) -> None:
         """Freeze it: connections stay open, nothing answers."""
@@ -299,13 +300,26 @@ class ServerProcess:
 
     def _alive(self) -> int:
         process = self._started()
-        if process.poll() is not None:
+        if _poll(process) is not None:
             raise ProcessLookupError(f"the server (pid {process.pid}) has ended")
         return process.pid
 
     def _signal(self, number: signal.Signals) -> None:
-        # Popen asks first whether the process was reaped, so that a number given to somebody else is never signalled.
-        self._started().send_signal(number)
+        # Asked first whether it was reaped, so that a number given to somebody else is never signalled. What ends
+        # between the two lines is not reaped, and the signal is lost on it.
+        process = self._started()
+        if _poll(process) is None:
+            os.kill(process.pid, number)
+
+
+def _poll(process: subprocess.Popen[bytes]) -> int | None:
+    """The exit code, None while it runs. All reaping goes through here: workers that outlived their leader go with it,
+    and once the leader is reaped, the group's number may be somebody else's."""
+    if process.returncode is None:
+        if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            return None
+        _kill_group(process)
+    return process.poll()
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
