@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Annotated, Any
 
 from msgspec import Meta
@@ -70,6 +71,8 @@ Ref = Annotated[int, Meta(ge=0, le=2**53 - 1)]
 Time = Annotated[datetime, Meta(tz=True)]
 
 
+# Everyone who is told of an event is told its time: the same few milliseconds again and again.
+@lru_cache(maxsize=256)
 def time_of(ms: int) -> datetime:
     """The UTC time of `ms` milliseconds since 1970-01-01T00:00Z."""
     return datetime.fromtimestamp(ms / 1000, UTC)

@@ -8,12 +8,12 @@ drop, repeat and delay, and must only never invent.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+import msgspec
 
-@dataclass(slots=True, frozen=True)
-class Published:
+
+class Published(msgspec.Struct, frozen=True):
     """Stream `sid` has grown by the event `seq`; `payload` is its encoding, the same bytes for every reader."""
 
     sid: int
@@ -21,8 +21,7 @@ class Published:
     payload: bytes
 
 
-@dataclass(slots=True, frozen=True)
-class Joined:
+class Joined(msgspec.Struct, frozen=True):
     """A user is a member of a channel from `head` on (the seq before their own `member.added`)."""
 
     app: int
@@ -33,8 +32,7 @@ class Joined:
     head: int
 
 
-@dataclass(slots=True, frozen=True)
-class Left:
+class Left(msgspec.Struct, frozen=True):
     """A user may not see the channel any more; `user` None: nobody may (it was deleted)."""
 
     app: int
@@ -43,8 +41,7 @@ class Left:
     channel: str
 
 
-@dataclass(slots=True, frozen=True)
-class AccessChanged:
+class AccessChanged(msgspec.Struct, frozen=True):
     """What was remembered about who may do what is out of date: in a channel (`sid`), of a user, or of the app."""
 
     app: int
@@ -53,8 +50,7 @@ class AccessChanged:
     user: str | None = None
 
 
-@dataclass(slots=True, frozen=True)
-class Revoked:
+class Revoked(msgspec.Struct, frozen=True):
     """Connections of the user end with `code`: all of them, those whose token has `jti`, or was issued before."""
 
     app: int
@@ -65,8 +61,7 @@ class Revoked:
     device: str | None = None
 
 
-@dataclass(slots=True, frozen=True)
-class Signal:
+class Signal(msgspec.Struct, frozen=True):
     """A best-effort frame for the sessions in a channel, or of a user; never stored.
 
     `skip_session`: the session that caused it and is not told.

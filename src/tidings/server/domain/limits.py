@@ -14,6 +14,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
+
 # Buckets remembered: about 200 bytes each. A bucket that is full again equals one that was never used and is dropped
 # first; beyond that the one unused for longest goes.
 BUCKETS_MAX: Final = 100_000
@@ -34,8 +36,7 @@ class Rate:
         return max(1, math.ceil(self.burst / self.per_second))
 
 
-@dataclass(slots=True, frozen=True)
-class Verdict:
+class Verdict(msgspec.Struct, frozen=True):
     """`remaining` whole units are left; all of them are back in `reset_seconds`; 0 ≤ `retry_after_ms` until `cost`
     units are there, 0 when allowed."""
 

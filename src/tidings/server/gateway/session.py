@@ -36,8 +36,7 @@ class State(Enum):
     CLOSED = auto()
 
 
-@dataclass(slots=True, frozen=True)
-class Run:
+class Run(msgspec.Struct, frozen=True):
     """Execute a command."""
 
     command: AnyCommand

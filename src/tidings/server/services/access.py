@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
+import msgspec
+
 from tidings.server.crypto.base import AppKeyNotLoaded
 from tidings.server.crypto.keyring import Keyring, StreamCipher, WrappedStreamKey
 from tidings.server.domain.permissions import EVERYTHING, NONE, Grants, Permission, bit
@@ -93,8 +95,7 @@ class Member:
     known_at: int = 0
 
 
-@dataclass(slots=True, frozen=True)
-class Access:
+class Access(msgspec.Struct, frozen=True):
     """A channel through someone's eyes. `grants` are all they may do there."""
 
     actor: Actor

@@ -17,8 +17,9 @@ announced from them is therefore announced in the order of `seq`.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeAlias, TypeVar
+
+import msgspec
 
 T = TypeVar("T")
 Row: TypeAlias = tuple[Any, ...]
@@ -64,8 +65,7 @@ class Tx(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class Append:
+class Append(msgspec.Struct):
     """One message on its way into a stream. `sealed` is the ciphertext of its content under item `message_id`.
 
     `done` is called once on the event loop: with `Appended` after the commit, or with the exception that kept it
@@ -87,8 +87,7 @@ class Append:
     done: Callable[[Appended | Exception], None]
 
 
-@dataclass(slots=True, frozen=True)
-class Appended:
+class Appended(msgspec.Struct, frozen=True):
     """A stored message. `duplicate`: the key was used before with the same body, and this is the first result."""
 
     message_id: str

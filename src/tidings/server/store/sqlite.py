@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -377,9 +378,10 @@ def check_safety(connection: sqlite3.Connection, *, allow: bool) -> None:
 
 
 @cache
-def _values(columns: int, rows: int) -> str:
+def _statement(head: str, columns: int, rows: int, tail: str) -> str:
+    # Remembered, so that the connection's cache of prepared statements finds it by identity.
     row = "(" + ",".join("?" * columns) + ")"
-    return ",".join([row] * rows)
+    return head + ",".join([row] * rows) + tail
 
 
 def _write_rows(connection: sqlite3.Connection, head: str, tail: str, rows: list[tuple[Any, ...]]) -> None:
@@ -388,7 +390,7 @@ def _write_rows(connection: sqlite3.Connection, head: str, tail: str, rows: list
     while left:
         size = min(ROWS_MAX, 1 << (left.bit_length() - 1))
         chunk = rows[start : start + size]
-        connection.execute(head + _values(len(chunk[0]), size) + tail, [value for row in chunk for value in row])
+        connection.execute(_statement(head, len(chunk[0]), size, tail), list(chain.from_iterable(chunk)))
         start += size
         left -= size
 
@@ -400,7 +402,7 @@ def _read_rows(connection: sqlite3.Connection, head: str, tail: str, rows: list[
         size = 1 << (len(chunk) - 1).bit_length()
         chunk = chunk + [chunk[-1]] * (size - len(chunk))
         yield from connection.execute(
-            head + _values(len(chunk[0]), size) + tail, [value for row in chunk for value in row]
+            _statement(head, len(chunk[0]), size, tail), list(chain.from_iterable(chunk))
         ).fetchall()
 
 
