@@ -826,6 +826,14 @@ MUTANTS: list[Mutant] = [
         new="            return None\n",
         tests=["tests/testing/test_process.py", "-k", "before_anybody_looked"],
     ),
+    Mutant(
+        check="start",
+        why="litestar loads whatever it has a plugin for",
+        file="src/tidings/server/rest/factory.py",
+        old="app = _Litestar(",
+        new="app = Litestar(",
+        tests=["tests/ops/test_start.py", "-k", "only_what_serving_needs"],
+    ),
 ]
 
 Verdict = Literal["caught", "SURVIVED", "STALE", "BROKEN"]

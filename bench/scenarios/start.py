@@ -16,6 +16,7 @@ POLL_SECONDS = 0.005
 DEADLINE_SECONDS = 30.0
 # Lines of the import profile shown.
 SHOWN = 10
+MODULES = "tidings.server.cli, tidings.server.commands.serve, tidings.server.app, tidings.server.rest, uvloop"
 _IMPORT = re.compile(r"^import time:\s+(\d+) \|\s+(\d+) \|(\s+)(\S+)$", re.MULTILINE)
 
 
@@ -34,6 +35,8 @@ async def run(plan: Plan, findings: Findings) -> None:
                 finally:
                     await server.close()
     findings.note("Slowest imports, ms with what they import: " + ", ".join(slowest_imports()))
+    loaded, compiled = modules()
+    findings.note(f"{loaded} modules are loaded; {loaded - compiled} of them have no bytecode and are compiled each time")
 
 
 async def answer(server: BenchServer) -> None:
@@ -59,12 +62,29 @@ async def answer(server: BenchServer) -> None:
 
 def slowest_imports() -> list[str]:
     """The imports of the server's own modules' dependencies that take longest, by `python -X importtime`."""
-    modules = "tidings.server.cli, tidings.server.commands.serve, tidings.server.app, tidings.server.rest, uvloop"
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", f"import {modules}"], capture_output=True, text=True, check=True
+        [sys.executable, "-X", "importtime", "-c", f"import {MODULES}"], capture_output=True, text=True, check=True
     )
     found = {name: int(total) / 1000 for _, total, _, name in _IMPORT.findall(done.stderr)}
     # Packages, without their parts: a part's time is in its package's.
     packages = {name: ms for name, ms in found.items() if "." not in name}
     everything = sorted(packages.items(), key=lambda item: -item[1])[:SHOWN]
     return [f"{name} {ms:.0f}" for name, ms in everything]
+
+
+def modules() -> tuple[int, int]:
+    """How many Python modules these imports load, and for how many of them Python finds bytecode that is up to date."""
+    program = f"""
+import {MODULES}, os, sys
+def is_compiled(source, cached):
+    try:
+        with open(cached, "rb") as file:
+            return int.from_bytes(file.read(12)[8:], "little") == int(os.stat(source).st_mtime) & 0xFFFFFFFF
+    except FileNotFoundError:
+        return False
+specs = [spec for one in list(sys.modules.values()) if (spec := getattr(one, "__spec__", None)) and spec.cached]
+print(len(specs), sum(is_compiled(spec.origin, spec.cached) for spec in specs))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded, compiled = done.stdout.split()
+    return int(loaded), int(compiled)

@@ -56,8 +56,6 @@ log = get_logger(__name__)
 DATABASE: Final = "tidings.db"
 # Connections waiting to be accepted: a reconnect storm of a few thousand must not be refused by the kernel.
 BACKLOG: Final = 4_096
-# Allocations between collections: at 8,000 messages a second a young collection every second or so.
-GC_THRESHOLDS: Final = (50_000, 20, 50)
 
 
 @dataclass(slots=True, frozen=True)
@@ -231,11 +229,9 @@ class Server:
     async def serve(self, *, ready: Callable[[], None] | None = None) -> None:
         """Serve until asked to stop (SIGTERM, SIGINT), then drain."""
         config = self.config
-        # What is loaded by now stays for good: the collector need not look at it again, and looks less often at the
-        # rest, nearly all of which is freed by reference counts.
+        # What is loaded by now stays for good: the collector need not look at it again.
         gc.collect()
         gc.freeze()
-        gc.set_threshold(*GC_THRESHOLDS)
         listener = listen(config.host, config.port)
         loop = asyncio.get_running_loop()
         stop = asyncio.Event()

@@ -16,18 +16,38 @@ import sys
 import traceback
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, Generic, Literal, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TextIO, TypeVar, cast
 
 import msgspec
-import structlog
-from opentelemetry import trace
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from tidings.server.clock import Clock
+
+
+@contextmanager
+def _unseen(package: str) -> Iterator[None]:
+    """For imports inside it is as if the package were not installed, unless it is loaded already."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
+
+# It would load all of rich, a tenth of the server's start, to draw tracebacks; ours are drawn by `_Explain`.
+with _unseen("rich"):
+    import structlog
 
 __all__ = [
     "EXPOSITION_TYPE",
@@ -456,6 +476,8 @@ async def watch_event_loop(metrics: Metrics, clock: Clock) -> None:
 # --- traces ----------------------------------------------------------------------------------------------------------
 
 
-def tracer(enabled: bool) -> trace.Tracer:
+def tracer(enabled: bool) -> "Tracer":
     """The tracer of this process, or one whose spans do nothing. Attributes are identifiers, as in logs."""
+    from opentelemetry import trace
+
     return trace.get_tracer("tidings") if enabled else trace.NoOpTracer()

@@ -57,7 +57,7 @@ def create_rest_app(
 
     gate = Gate(services.auth, limiter, services.clock, metrics)
     endpoints = {op.id: _endpoint(op, services, config, gate, problems, draining) for op in found}
-    app = Litestar(
+    app = _Litestar(
         route_handlers=[
             *(
                 HTTPRouteHandler(
@@ -109,6 +109,15 @@ def all_operations(
 
     everything = (*nouns, *system.documents(openapi, page, asyncapi))
     return everything
+
+
+class _Litestar(Litestar):
+    """Litestar without the plugins that it takes by itself for libraries that it finds: no type here is theirs, and
+    pydantic, where something else has brought it along, would be a seventh of the start."""
+
+    @staticmethod
+    def _get_default_plugins(plugins: list[Any]) -> list[Any]:
+        return plugins
 
 
 def _typed(part: str) -> str:
