@@ -36,7 +36,7 @@ async def run(plan: Plan, findings: Findings) -> None:
                     await server.close()
     findings.note("Slowest imports, ms with what they import: " + ", ".join(slowest_imports()))
     loaded, compiled = modules()
-    findings.note(f"{loaded} modules are loaded; {loaded - compiled} of them have no bytecode and are compiled each time")
+    findings.note(f"{loaded} modules are loaded, of which {loaded - compiled} have no bytecode and are compiled anew")
 
 
 async def answer(server: BenchServer) -> None:
