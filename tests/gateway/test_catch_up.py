@@ -83,6 +83,35 @@ async def test_a_commit_whose_announcement_is_under_way_is_neither_lost_nor_doub
 # ------------------------------------------------------------ since
 
 
+async def test_who_wants_no_events_for_now_gets_replies_and_later_goes_on_exactly_there(node: Node) -> None:
+    alice = await node.connect("alice")
+    await node.send("c")
+    await alice.quiet()
+    (last,) = alice.events("c")
+    assert (await alice.ask("hold"))["type"] == "done"
+    for _ in range(5):
+        await node.send("c")
+    await alice.quiet()
+    assert len((await alice.ask("history", channel="c"))["messages"]) == 6
+    # A transport that was full meanwhile changes nothing about it, nor does a position that is named.
+    alice.pause()
+    alice.resume()
+    await alice.until(lambda: alice._catching is None)
+    await alice.ask("sync", positions={"c": {"seq": last + 2}})
+    await alice.until(lambda: alice._catching is None)
+    await alice.quiet()
+    assert alice.events("c") == [last]
+    # No mark vouches for what was not sent.
+    node.clock.advance(60)
+    assert (await alice.ask("ping"))["mark"] == alice.of("pong")[0]["mark"]
+    await alice.ask("hold", on=False)
+    await caught_up(alice, "c")
+    assert (await alice.ask("ping"))["mark"] > alice.of("pong")[0]["mark"]
+    await node.send("c")
+    await alice.quiet()
+    assert alice.events("c") == [last, last + 3, last + 4, last + 5, last + 6]
+
+
 async def test_streams_that_moved_since_are_held_until_the_client_names_them(node: Node) -> None:
     await node.channel("quiet", "alice")
     mark = (await node.connect("alice")).of("connected")[0]["mark"]
@@ -311,7 +340,7 @@ async def test_a_channel_left_and_joined_again_while_the_connection_enters(
 async def test_no_gap_and_no_double_under_any_interleaving(
     node: Node, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Publishing, pausing, resuming, syncing and connecting in a seeded order with a step of the loop in between."""
+    """Publishing, pausing, holding, resuming and going on in a seeded order with a step of the loop in between."""
     monkeypatch.setattr(gateway_module, "CATCH_UP_PAGE", 2)
     rng = random.Random(seed)
     real = node.gateway.sync.read
@@ -343,6 +372,8 @@ async def test_no_gap_and_no_double_under_any_interleaving(
             bob.pause()
         elif step < 0.85:
             bob.resume()
+        elif step < 0.88:
+            bob.say("hold", on=rng.random() < 0.5)
         elif step < 0.9 and alice.events("c") and not alice.paused:
             # The client lost what it had after some point and says so.
             await alice.quiet()
@@ -353,6 +384,7 @@ async def test_no_gap_and_no_double_under_any_interleaving(
     await asyncio.gather(*sending)
     alice.resume()
     bob.resume()
+    bob.say("hold", on=False)
     end = await node.head("c")
     for peer, start in ((alice, head - 1), (bob, head + 1)):
         await peer.got("c", end)

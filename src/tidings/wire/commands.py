@@ -94,6 +94,12 @@ class Heads(Command, frozen=True, kw_only=True, tag="heads"):
     limit: Annotated[int, Meta(ge=1, le=limits.SYNC_STREAMS_MAX)] = limits.SYNC_STREAMS_MAX
 
 
+class Hold(Command, frozen=True, kw_only=True, tag="hold"):
+    """No events and no signals until it is taken back with `on` false: then each stream goes on where it stood."""
+
+    on: bool = True
+
+
 class SendMessage(Command, frozen=True, kw_only=True, tag="message.send"):
     channel: ChannelId
     key: ClientKey
@@ -186,6 +192,7 @@ AnyCommand: TypeAlias = (
     | Ping
     | Sync
     | Heads
+    | Hold
     | SendMessage
     | EditMessage
     | DeleteMessage

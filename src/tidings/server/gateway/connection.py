@@ -69,6 +69,7 @@ class Connection(Peer):
         "typing",
         "visible",
         "watching",
+        "withheld",
     )
 
     def __init__(self, gateway: Gateway, address: str, header_token: str | None) -> None:
@@ -85,6 +86,8 @@ class Connection(Peer):
         # Of streams that the client has asked for again: how far they had been sent before.
         self.sent_before: dict[int, int] = {}
         self.transport_paused = False
+        # The client wants nothing but replies for now.
+        self.withheld = False
         self.last_mark = ""
         self.visible = False
         # Channels this user is shown as typing in, by sid: when the last signal went out.
@@ -152,8 +155,14 @@ class Connection(Peer):
     def resume(self) -> None:
         """The transport has room again."""
         self.transport_paused = False
-        self.paused = self.entering
+        self.paused = self.entering or self.withheld
         self._make_room()
+        self.fell_behind()
+
+    def withhold(self, on: bool) -> None:
+        """The client has enough for now, or goes on: meanwhile it is a slow reader, except that it gets its replies."""
+        self.withheld = on
+        self.paused = self.entering or self.transport_paused or on
         self.fell_behind()
 
     def gone(self) -> None:

@@ -41,6 +41,7 @@ from tidings.wire.commands import (
     Heads,
     HeadsReply,
     History,
+    Hold,
     Limits,
     MarkUnread,
     Ping,
@@ -395,7 +396,7 @@ class Gateway:
         connection.guarded = actor.app.blind_roles
         connection.last_mark = entry.mark
         connection.entering = False
-        connection.paused = connection.transport_paused
+        connection.paused = connection.transport_paused or connection.withheld
         connection.send(
             encode(
                 Connected(
@@ -597,6 +598,9 @@ class Gateway:
             case Heads():
                 moved, more, mark = await self.sync.heads(actor, command.since, command.cursor, command.limit)
                 return encode(HeadsReply(ref=ref, mark=mark, moved=moved, more=more))
+            case Hold():
+                connection.withhold(command.on)
+                return encode(Done(ref=ref))
             case Read():
                 unread = await services.receipts.read(actor, command.channel, command.seq)
                 return encode(

@@ -39,6 +39,7 @@ REPLY_TO: Final[dict[type[c.Command], type[c.Reply]]] = {
     c.Read: c.ReadReply,
     c.MarkUnread: c.ReadReply,
     c.Typing: c.Done,
+    c.Hold: c.Done,
     c.SetPresence: c.Done,
     c.WatchPresence: c.PresenceReply,
 }

@@ -46,6 +46,7 @@ COMMANDS: Final[tuple[c.Command, ...]] = (
     c.Ping(ref=3),
     c.Sync(ref=4, positions={"ch_7f3k": c.Position(7, "mfrggzdf"), "@me": c.Position(3, "nbswy3dp")}),
     c.Heads(ref=5, since=_MARK),
+    c.Hold(ref=16),
     c.SendMessage(ref=6, channel="ch_7f3k", key=_KEY, text="Good morning, how is the knee today?", mentions=["bob"]),
     c.EditMessage(ref=7, channel="ch_7f3k", id=_MESSAGE_ID, text="Good morning, how is the knee?"),
     c.DeleteMessage(ref=8, channel="ch_7f3k", id=_MESSAGE_ID),
