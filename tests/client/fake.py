@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -41,9 +42,15 @@ class Session:
         self.device = ""
         self.connected = False
         self.held: set[str] = set()
+        # While the client wants no events: how far each stream had come.
+        self.stood_at: dict[str, int] | None = None
+        # Events written to the network, by stream.
+        self.events_put: Counter[str] = Counter()
         self.commands: list[dict[str, Any]] = []
 
     def put(self, frame: dict[str, Any]) -> None:
+        if "data" in frame:
+            self.events_put[frame["stream"]] += 1
         self._put(encode(frame))
 
     def error(self, ref: int | None, code: str, retry: str, **more: Any) -> None:
@@ -69,6 +76,9 @@ class Session:
                 self.put({"type": "heads", "ref": ref, "mark": str(server.clock), "moved": server.heads()})
             case "sync":
                 self.on_sync(command)
+            case "hold":
+                self.on_hold(command.get("on", True))
+                self.put({"type": "done", "ref": ref})
             case "message.send":
                 self.on_send(command)
             case "authenticate":
@@ -151,11 +161,27 @@ class Session:
         self.put({"type": "syncing", "ref": command.get("ref"), "streams": names, "refused": refused})
         for name in names:
             events = server.streams.get(name, [])
+            if self.stood_at is not None:
+                self.held.discard(name)
+                self.stood_at[name] = command["positions"][name]["seq"]
+                continue
             for event in events[command["positions"][name]["seq"] :]:
                 if not server.swallow(event):
                     self.put(event)
             self.held.discard(name)
             self.put({"type": "synced", "stream": name, "epoch": server.epoch, "seq": len(events)})
+
+    def on_hold(self, on: bool) -> None:
+        streams = self.server.streams
+        if on:
+            self.stood_at = {name: len(events) for name, events in streams.items()}
+            return
+        stood_at, self.stood_at = self.stood_at or {}, None
+        for name, events in streams.items():
+            if name not in self.held and name in stood_at:
+                for event in events[stood_at[name] :]:
+                    self.put(event)
+                self.put({"type": "synced", "stream": name, "epoch": self.server.epoch, "seq": len(events)})
 
     def on_send(self, command: dict[str, Any]) -> None:
         server = self.server
@@ -315,7 +341,7 @@ class FakeServer:
         if self.swallow(event):
             return
         for session in list(self.sessions):
-            if event["stream"] not in session.held:
+            if session.stood_at is None and event["stream"] not in session.held:
                 for _ in range(1 + self.repeat_events):
                     session.put(event)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
+from tidings.client import following
 from tidings.client.connection import State
 from tidings.client.errors import ConnectionRefused
-from tidings.client.events import ChannelJoined, HistoryReset, MessageCreated, UnknownEvent
+from tidings.client.events import ChannelJoined, ChannelLeft, HistoryReset, MessageCreated, UnknownEvent
 from tidings.client.streams import Streams
 
 from .conftest import client, take, until
@@ -191,6 +193,87 @@ async def test_events_of_channels_nobody_iterates_wait_in_the_log(server: FakeSe
         assert {event.channel for event in await take(chat.events("c2"), 3)} == {"c2"}
 
 
+async def test_the_own_stream_waits_for_the_application_and_not_for_the_client(server: FakeServer) -> None:
+    def join(channel: str) -> None:
+        server.append("@me", "channel.joined", channel=channel, role="member", epoch="e1", head=0)
+
+    async with client(server) as chat:
+        await chat.wait_connected(5)
+        only = chat.channel("c1").events()
+        join("c1")
+        join("c2")
+        server.append("@me", "channel.left", channel="c2", reason="left")
+        join("c2")
+        server.append("c1", text="welcome")
+        # The client follows c1, which it knows of from an event that nobody has been shown yet.
+        assert seqs(await take(only, 1)) == [1]
+        await until(lambda: chat.position("c2") == 0)
+        assert chat.position("@me") == 0
+        shown = await take(events := chat.events("@me", "c2"), 4)
+        assert [type(event) for event in shown] == [ChannelJoined, ChannelJoined, ChannelLeft, ChannelJoined]
+        assert chat.position("@me") == 3
+        events.leave()
+        # What was given and not acknowledged comes to the next one, and so does what nobody was there for.
+        join("c3")
+        await until(lambda: chat.position("c3") == 0)
+        assert seqs(await take(chat.events("@me"), 2)) == [4, 5]
+
+
+async def test_own_events_are_shown_after_a_restart_and_change_nothing_twice(
+    server: FakeServer, tmp_path: Path
+) -> None:
+    async with client(server, store=tmp_path / "a.db") as chat:
+        await chat.wait_connected(5)
+        server.append("@me", "channel.left", channel="c1", reason="left")
+        server.append("@me", "channel.joined", channel="c1", role="member", epoch="e1", head=0)
+        await until(lambda: chat.position("c1") == 0)
+        for n in range(3):
+            server.append("c1", text=str(n))
+        await take(only := chat.channel("c1").events(), 3)
+        only.taken()
+    server.append("@me", "channel.joined", channel="c2", role="member", epoch="e1", head=0)
+    server.append("c2", text="while away")
+    async with client(server, store=tmp_path / "a.db") as chat:
+        # Once more nobody iterates the own stream: the client alone learns of c2.
+        assert seqs(await take(chat.channel("c2").events(), 1)) == [1]
+        assert chat.position("@me") == 0
+    async with client(server, store=tmp_path / "a.db") as chat:
+        events = chat.events("@me", "c1")
+        assert seqs(await take(events, 3)) == [1, 2, 3]
+        # The departure is told, but it was long ago: c1 goes on where it was.
+        server.append("c1", text="3")
+        assert [(event.stream, event.seq) for event in await take(events, 1)] == [("c1", 4)]
+        assert chat.position("c1") == 3
+
+
+async def test_a_history_that_ended_while_nobody_iterated_is_told_to_who_comes_next(server: FakeServer) -> None:
+    async with client(server) as chat:
+        await chat.wait_connected(5)
+        for stream in ("@me", "c1"):
+            for n in range(5):
+                if stream == "@me":
+                    server.append(stream, "profile.updated", id="alice", name=str(n))
+                else:
+                    server.append(stream, text=str(n))
+        events = chat.events()
+        await take(events, 10)
+        events.taken()
+        events.leave()
+        server.epoch = "e2"
+        for stream in ("@me", "c1"):
+            server.streams[stream] = server.streams[stream][:2]
+            server.clock += 1
+            server.changed[stream] = server.clock
+        server.cut()
+        await until(lambda: len(server.connects) == 2 and chat.state is State.CONNECTED)
+        assert (chat.position("@me"), chat.position("c1")) == (5, 5)
+        resets = await take(chat.events(), 2)
+        assert {(type(event), event.stream, event.head) for event in resets} == {
+            (HistoryReset, "@me", 2),
+            (HistoryReset, "c1", 2),
+        }
+
+
 async def test_two_iterators_both_get_everything_and_the_slower_one_sets_the_position(server: FakeServer) -> None:
     async with client(server) as chat:
         await chat.wait_connected(5)
@@ -218,11 +301,14 @@ async def test_a_slow_consumer_stops_the_reading_and_loses_nothing(server: FakeS
         assert seqs(await take(events, 3000, 20)) == list(range(1, 3001))
 
 
-async def test_a_consumer_that_sends_while_its_queue_is_full_neither_hangs_nor_loses(server: FakeServer) -> None:
+async def test_a_consumer_that_sends_while_its_queue_is_full_is_sent_each_event_once(server: FakeServer) -> None:
     async with client(server) as chat:
         await chat.wait_connected(5)
         events = chat.events("c1", queue_size=4)
-        for n in range(200):
+        server.append("c1", text="the first")
+        await until(lambda: chat._following.streams.get("c1") and chat._following.streams.get("c1").epoch)
+        server.sessions[0].events_put.clear()
+        for n in range(199):
             server.append("c1", text=str(n))
         got = []
         async with asyncio.timeout(20):
@@ -231,8 +317,73 @@ async def test_a_consumer_that_sends_while_its_queue_is_full_neither_hangs_nor_l
                 if event.seq == 200:
                     break
                 await chat.channel("c2").send(f"echo {event.seq}")
-                assert events.waiting <= 16
         assert got == list(range(1, 201))
+        assert server.sessions[0].events_put["c1"] == 199
+
+
+async def test_while_a_command_waits_the_server_holds_back_what_the_application_has_no_room_for(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "HOLD_BYTES", 20_000)
+    releases = 0
+
+    def refuse(command: dict) -> tuple[str, str] | None:
+        nonlocal releases
+        releases += command["type"] == "hold" and not command["on"]
+        return ("rate_limited", "later") if releases == 1 and command["type"] == "hold" else None
+
+    async with client(server) as chat:
+        await chat.wait_connected(5)
+        events = chat.events("c1", queue_size=10)
+        server.append("c1", text="the first")
+        await take(events, 1)
+        await until(lambda: chat._following.streams.get("c1").epoch == "e1")
+        server.sessions[0].events_put.clear()
+        server.lose_replies = 1
+        await chat.channel("c2").send("whose answer gets lost", wait=False)
+        await until(lambda: server.texts("c2"))
+        for _ in range(100):
+            server.append("c1", text="x" * 1000)
+        await until(lambda: server.sessions[0].stood_at is not None)
+        server.refuse = refuse
+        for _ in range(900):
+            server.append("c1", text="x" * 1000)
+        # A reply comes all the same, and what was under way before the hold is all there is to keep.
+        assert (await chat.channel("c1").page(limit=1)).head == 1001
+        assert events.waiting == 100
+        assert seqs(await take(events, 1000, 20)) == list(range(2, 1002))
+        assert releases >= 2
+        assert server.sessions[0].events_put["c1"] == 1000
+
+
+async def test_what_is_beyond_any_room_is_asked_for_again_when_there_is_some_and_not_before(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "HOLD_BYTES", 20_000)
+    monkeypatch.setattr(following, "KEPT_BYTES_MAX", 50_000)
+    # A server that goes on all the same.
+    server.refuse = lambda command: ("invalid", "never") if command["type"] == "hold" else None
+    async with client(server) as chat:
+        await chat.wait_connected(5)
+        events = chat.events("c1", queue_size=10)
+        server.append("c1", text="the first")
+        await take(events, 1)
+        await until(lambda: chat._following.streams.get("c1").epoch == "e1")
+        server.lose_replies = 1
+        await chat.channel("c2").send("whose answer gets lost", wait=False)
+        await until(lambda: server.texts("c2"))
+        before = len(server.commands)
+        for n in range(300):
+            server.append("c1", text="x" * 1000)
+            if n % 50 == 0:
+                await chat.channel("c1").page(limit=1)
+        assert 20 < events.waiting < 60
+        assert not [c for c in server.commands[before:] if c["type"] == "sync"]
+        assert seqs(await take(events, 300, 20)) == list(range(2, 302))
+        asked = [c["positions"]["c1"]["seq"] for c in server.commands[before:] if c["type"] == "sync"]
+        # Each brought as much as is kept.
+        assert len(asked) <= 300 * 1000 // 50_000 + 1
+        assert asked == sorted(set(asked))
 
 
 async def test_a_new_epoch_is_told_and_the_stream_starts_over(server: FakeServer) -> None:

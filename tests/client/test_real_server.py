@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 import pytest
 import pytest_asyncio
 
@@ -27,9 +29,11 @@ from tidings.client import (
     SyncRest,
     TypingSignal,
     UnreadSignal,
+    following,
 )
 from tidings.testing.chaos import ChaosProxy
 from tidings.testing.process import ServerProcess
+from tidings.wire.commands import Command, Hold
 
 from .conftest import take, until
 from .real import ENVIRONMENT, Place, UpgradeBlocker, key_of, texts_until
@@ -153,6 +157,48 @@ async def test_a_restarted_client_goes_on_where_the_application_was(place: Place
             # The third was given but not acknowledged.
             got = await take(bob.events(ward.channel), 6)
         assert [event.seq for event in got] == list(range(begun + 3, begun + 9))
+
+
+@pytest.mark.parametrize("transport", ["websocket", "http"])
+async def test_a_bot_that_answers_while_it_catches_up_receives_each_event_once(
+    place: Place, monkeypatch: pytest.MonkeyPatch, transport: Literal["websocket", "http"]
+) -> None:
+    # A queue of 10 and a hold beyond 50 kB make of 200 messages of 4 kB what 100,000 are otherwise.
+    monkeypatch.setattr(following, "HOLD_BYTES", 50_000)
+    async with place.ward() as ward:
+        backend = ward.rest.as_user(ward.alice).messages
+        for n in range(200):
+            await backend.send(ward.channel, f"{n} " + "x" * 4000)
+        bob = await ward.client(ward.bob, start="all", transport=transport)
+        handle, received, held = bob._connection.on_frame, Counter[int](), 0
+
+        def counted(data: bytes) -> None:
+            if data.startswith(b'{"type":"message.created"'):
+                received[msgspec.json.decode(data)["seq"]] += 1
+            handle(data)
+
+        transmit = bob._connection.transmit
+
+        def watched(command: Command, *rest: Any) -> int | None:
+            nonlocal held
+            held += isinstance(command, Hold)
+            return transmit(command, *rest)
+
+        monkeypatch.setattr(bob._connection, "on_frame", counted)
+        monkeypatch.setattr(bob._connection, "transmit", watched)
+        seqs: list[int] = []
+        async with bob:
+            async with asyncio.timeout(30):
+                async for event in bob.events(ward.channel, queue_size=10):
+                    if isinstance(event, MessageCreated) and event.by == ward.alice:
+                        seqs.append(event.seq)
+                        if len(seqs) % 20 == 1:
+                            await bob.channel(ward.channel).send(f"answer to {event.seq}")
+                        if len(seqs) == 200:
+                            break
+        assert seqs == list(range(seqs[0], seqs[0] + 200))
+        assert set(received.values()) == {1}
+        assert held >= 2
 
 
 async def test_channels_joined_and_left_while_away_are_told(place: Place) -> None:

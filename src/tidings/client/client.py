@@ -317,7 +317,8 @@ class Client:
         """Durable events of all streams, or of these channels (`@me`: the user's own stream).
 
         See `Events` for what is promised. Several iterators may run: each gets every event, and a position moves when
-        all of them have taken it. Events of channels that nobody iterates are not lost: they wait in the server's log.
+        all of them have taken it. Events that nobody iterates are not lost, those of `@me` included: they wait in the
+        server's log, and the next iterator begins with them.
         """
         if queue_size < 2:
             raise ValueError("queue_size must be at least 2")

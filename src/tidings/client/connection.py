@@ -158,6 +158,7 @@ class Connection:
         self.identified = False
         self.opened = False
         self.paused = False
+        self.frame_bytes = 0
         self._transport: Transport | None = None
         self._ended: asyncio.Future[Ending] | None = None
         self._greeted: asyncio.Future[Connected] | None = None
@@ -562,6 +563,7 @@ class Connection:
     def on_frame(self, data: bytes) -> None:
         """Handle one frame from the server; one that nobody knows is skipped."""
         self._last_frame = self._clock()
+        self.frame_bytes = len(data)
         try:
             frame: Any = decode_frame(data)
         except msgspec.DecodeError:

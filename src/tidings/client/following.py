@@ -2,6 +2,13 @@
 
 `Following` compares what the server sends with what the device has, stream by stream, and hands each event once and in
 order to the application's queues. A position moves when the application has taken the event, never before.
+
+When the queues are full the connection is not read: TCP makes the server wait. That would keep a command waiting for
+its reply, too, so while one waits the connection is read on, and what comes is kept. Beyond HOLD_BYTES the server is
+asked to hold events back until there is room, and to go on with replies. So each event is received once.
+
+The own stream has two readers: the application, like any other stream's, and the client itself, which learns from it
+which channels were joined and left. Each has its own position, so the client goes on where nobody iterates the stream.
 """
 
 from __future__ import annotations
@@ -19,6 +26,7 @@ from ..wire.commands import (
     ErrorReply,
     Heads,
     HeadsReply,
+    Hold,
     Position,
     Reply,
     Sync,
@@ -31,7 +39,7 @@ from .errors import TidingsError
 from .events import ChannelJoined, ChannelLeft, Event, HistoryReset, Source
 from .store import Saved, SavedStream, Store
 from .streams import FRUITLESS_SYNCS_MAX, OWN_STREAM, Start, Stream, Streams, batches
-from .subscriptions import OVERFLOW_FACTOR, Delivery, Events, Feed
+from .subscriptions import HOLD_BYTES, KEPT_BYTES_MAX, Delivery, Events, Feed
 
 log = logging.getLogger("tidings.client")
 
@@ -40,7 +48,8 @@ R = TypeVar("R", bound=Reply)
 # Positions reach the disk this long after they moved: a crash repeats at most that much to the application.
 SAVE_SECONDS = 0.1
 
-_OWN_EVENTS: Final = (ChannelJoined, ChannelLeft)
+# Under this name the store keeps how far the client itself has read the own stream.
+_OWN_APPLIED: Final = "@me:client"
 # The server does not have the history that our position is of: begin again.
 _OTHER_HISTORY: Final = ("epoch_changed", "cursor_expired", "position_ahead")
 
@@ -53,6 +62,8 @@ class Wire(Protocol):
     opened: bool
     # Frames are left in the network for now.
     paused: bool
+    # Length of the frame that is being handled.
+    frame_bytes: int
 
     @property
     def waiting(self) -> bool:
@@ -105,6 +116,12 @@ class Following:
         self._error: TidingsError | None = None
         self._held: dict[str, Head] = {}
         self._own_synced = asyncio.Event()
+        # What the client itself has of the own stream, and of which history; and that it must be asked for more of it.
+        self._applied = 0
+        self._applied_epoch: str | None = None
+        self._own_due = False
+        # The server holds events back until we have room.
+        self._held_back = False
         # What is to be saved and acknowledged.
         self.mark: str | None = None
         self._mark_dirty = False
@@ -115,12 +132,28 @@ class Following:
     def restore(self, saved: Saved) -> None:
         """Begin with what an earlier run of the program had."""
         self.mark = saved.mark
+        applied: SavedStream | None = None
         for row in saved.streams:
+            if row.name == _OWN_APPLIED:
+                applied = row
+                continue
             self.streams.adopt(row.name, row.epoch, row.seq).behind = row.open
+            if row.name == OWN_STREAM and applied is None:
+                applied = row
+        own = self.streams.get(OWN_STREAM)
+        if own is not None and applied is not None:
+            self._applied, self._applied_epoch = applied.seq, applied.epoch
+            if not self._feeds_of(own):
+                own.received, own.epoch = applied.seq, applied.epoch
 
     def subscribe(self, only: frozenset[str] | None, limit: int) -> Events:
         """A new queue of at most `limit` events for all streams or for `only` these, and its iterator."""
         feed = Feed(only, limit)
+        own = self.streams.get(OWN_STREAM)
+        if own is not None and feed.wants(OWN_STREAM) and not self._feeds_of(own) and own.passed:
+            # The client has read on alone: the application begins where the application was.
+            own.rewind()
+            self._touch(own)
         self.feeds.append(feed)
         if self._ended:
             feed.end(self._error)
@@ -149,6 +182,7 @@ class Following:
         """A new connection is being made."""
         self._held = {}
         self._own_synced.clear()
+        self._held_back = False
 
     async def catch_up(self, connected: Connected) -> None:
         """Learn what moved while there was no connection. Raises Refused, NotConnected, ProtocolError."""
@@ -162,6 +196,7 @@ class Following:
         # The own stream first: it tells which channels were joined and left meanwhile.
         own = self.streams.get(OWN_STREAM)
         if own is not None and own.behind:
+            self._own_due = True
             self.resync()
             while own.asked:
                 self._own_synced.clear()
@@ -182,8 +217,12 @@ class Following:
         stream = self.streams.get(name)
         if stream is None:
             stream = self.streams.adopt_live(name, seq)
+            if name == OWN_STREAM:
+                self._applied = stream.received
             # Its epoch comes with the answer: without one, a restored backup could go unnoticed.
             self._wire.transmit(Sync(positions={name: Position(seq=stream.received)}))
+        if name == OWN_STREAM:
+            self._apply(event, stream)
         if seq != stream.received + 1:
             if stream.judge(seq) == "gap":
                 stream.behind = True
@@ -192,57 +231,85 @@ class Following:
             return
         feeds = stream.feeds
         if feeds is None:
-            feeds = stream.feeds = tuple(feed for feed in self.feeds if feed.wants(name))
-        if feeds:
-            for feed in feeds:
-                waiting = len(feed.queue)
-                if waiting >= feed.limit:
-                    if waiting >= feed.limit * OVERFLOW_FACTOR:
-                        # Not kept; asked for again when there is room. Until then the stream stands still.
-                        stream.behind = True
-                        self._touch(stream)
-                        return
-                    if not self._wire.waiting and self._wire.opened:
-                        self._wire.pause()
-            stream.received = seq
-            stream.fruitless = 0
-            self._deliver(stream, event, seq, feeds)
-            if self._remembers:
-                # Open until it is taken: a mark that is saved meanwhile must not vouch for it.
+            feeds = self._feeds_of(stream)
+        if not feeds:
+            if name == OWN_STREAM:
+                # The client has it; the application will be given it when it asks.
+                stream.received = seq
                 self._touch(stream)
-        elif name == OWN_STREAM:
-            # The client itself is interested in this one.
-            stream.received = stream.taken = seq
-            self._touch(stream)
-        else:
-            if not stream.behind:
+            elif not stream.behind:
                 stream.behind = True
                 self._touch(stream)
             return
-        if isinstance(event, _OWN_EVENTS):
-            self.on_own_event(event, stream)
-
-    def _deliver(self, stream: Stream, event: Any, seq: int, feeds: tuple[Feed, ...]) -> None:
-        delivery = Delivery(stream, event, not stream.asked, 0)
-        name = stream.name
         for feed in feeds:
-            if feed.last.get(name, 0) < seq:
-                feed.last[name] = seq
+            if len(feed.queue) >= feed.limit and not self._may_keep(feed):
+                # Let go, and the stream stands still. Asked for again, once, when there is room.
+                stream.behind = True
+                self._touch(stream)
+                return
+        stream.received = seq
+        stream.fruitless = 0
+        delivery = Delivery(stream, event, not stream.asked, self._wire.frame_bytes)
+        for feed in feeds:
+            last = feed.last
+            if last.get(name, 0) < seq:
+                last[name] = seq
                 delivery.holders += 1
                 feed.put(delivery)
         if not delivery.holders:
             self._move(stream, event)
+        if self._remembers:
+            # Open until it is taken: a mark that is saved meanwhile must not vouch for it.
+            self._touch(stream)
 
-    def on_own_event(self, event: ChannelJoined | ChannelLeft, own: Stream) -> None:
-        """The user has joined or left a channel: begin or end to follow it."""
+    def _feeds_of(self, stream: Stream) -> tuple[Feed, ...]:
+        """Who is offered the stream's events."""
+        feeds = stream.feeds = tuple(feed for feed in self.feeds if feed.wants(stream.name))
+        return feeds
+
+    def _may_keep(self, feed: Feed) -> bool:
+        """This queue is full: slow down what comes. Whether what has come already may be kept on top."""
+        wire = self._wire
+        if wire.opened and not wire.waiting:
+            wire.pause()
+        elif feed.size >= HOLD_BYTES and not self._held_back and wire.identified:
+            self._hold_back(True)
+        return feed.size < KEPT_BYTES_MAX
+
+    def _hold_back(self, on: bool) -> None:
+        self._held_back = on
+        # Whether the first one is heard only decides how much has to be kept; without the second one nothing comes.
+        self._wire.transmit(Hold(on=on), None if on else self._going_on)
+
+    def _going_on(self, reply: Reply | None) -> None:
+        # A server that does not know the command has not held anything back.
+        if isinstance(reply, ErrorReply) and reply.retry == Retry.LATER:
+            delay = max(self._wire.retry_bound(), (reply.retry_after_ms or 0) / 1000)
+            asyncio.get_running_loop().call_later(delay, self._go_on)
+
+    def _go_on(self) -> None:
+        if not self._held_back:
+            self._hold_back(False)
+
+    def _apply(self, event: Any, own: Stream) -> None:
+        """The client itself reads the own stream: each event once, in order, whenever the application comes to it."""
+        if event.seq != self._applied + 1:
+            if event.seq > self._applied and not own.asked and not self._own_due:
+                self._own_due = own.behind = True
+                self.resync()
+            return
+        self._applied = event.seq
+        self._touch(own)
         if isinstance(event, ChannelLeft):
             self.streams.drop(event.channel)
             self._held.pop(event.channel, None)
             for feed in self.feeds:
                 feed.last.pop(event.channel, None)
             self._dirty.pop(event.channel, None)
-            self._touch(own)
-            return
+        elif isinstance(event, ChannelJoined):
+            self._joined(event, own)
+
+    def _joined(self, event: ChannelJoined, own: Stream) -> None:
         joined = event.joined
         stream = self.streams.get(joined.channel)
         if stream is None:
@@ -268,7 +335,7 @@ class Following:
                 if stream is None:
                     # The own stream's past is about channels that the heads tell anyway.
                     if head.stream == OWN_STREAM:
-                        stream = self.streams.adopt(head.stream, head.epoch, head.head)
+                        stream = self._adopt_own(head)
                     else:
                         stream = self.streams.adopt_head(head.stream, head.epoch, head.head)
                         stream.behind = stream.received < head.head
@@ -286,10 +353,14 @@ class Following:
             if stream is not None:
                 self._compare(stream, head, must_name=True)
             elif head.stream == OWN_STREAM:
-                self.streams.adopt(head.stream, head.epoch, head.head).behind = True
+                self._adopt_own(head).behind = True
             else:
                 # Joined while away: the own stream will tell from where.
                 self._held[head.stream] = head
+
+    def _adopt_own(self, head: Head) -> Stream:
+        self._applied, self._applied_epoch = head.head, head.epoch
+        return self.streams.adopt(head.stream, head.epoch, head.head)
 
     def _compare(self, stream: Stream, head: Head, *, must_name: bool) -> None:
         stream.learn_epoch(head.epoch)
@@ -312,7 +383,10 @@ class Following:
         for stream in self.streams.lagging:
             if stream.asked:
                 continue
-            if stream.name == OWN_STREAM or (self._wire.opened and self._has_place(stream)):
+            if stream.name == OWN_STREAM:
+                if self._own_due or not self._feeds_of(stream) or self._has_place(stream):
+                    wanted.append(stream)
+            elif self._wire.opened and self._has_place(stream):
                 wanted.append(stream)
         for stream in wanted:
             stream.behind = False
@@ -323,7 +397,7 @@ class Following:
     def _has_place(self, stream: Stream) -> bool:
         feeds = stream.feeds
         if feeds is None:
-            feeds = stream.feeds = tuple(feed for feed in self.feeds if feed.wants(stream.name))
+            feeds = self._feeds_of(stream)
         return bool(feeds) and all(len(feed.queue) <= feed.limit // 2 for feed in feeds)
 
     def _sync_answered(self, names: tuple[str, ...], reply: Reply | None) -> None:
@@ -373,6 +447,8 @@ class Following:
         stream.asked = False
         self._touch(stream)
         if frame.stream == OWN_STREAM:
+            self._applied_epoch = frame.epoch
+            self._own_due = self._applied < frame.seq
             self._own_synced.set()
         if stream.received < frame.seq and not stream.behind:
             stream.behind = True
@@ -385,19 +461,22 @@ class Following:
 
     def _reset(self, stream: Stream, reason: str, epoch: str | None, head: int) -> None:
         """Our history of the stream is not the server's: begin again, and tell the application in its place."""
-        self.streams.restart(stream, epoch, head, reason=reason)
         stream.behind = True
         stream.asked = False
+        self._touch(stream)
+        feeds = self._feeds_of(stream)
+        if not feeds and stream.name != OWN_STREAM:
+            # It stays where the application was: whoever asks for its events will be told.
+            return
+        self.streams.restart(stream, epoch, head, reason=reason)
+        if stream.name == OWN_STREAM:
+            self._applied, self._applied_epoch = stream.received, epoch
         event = HistoryReset(stream=stream.name, seq=stream.received, epoch=epoch, reason=reason, head=head)
         delivery = Delivery(stream, event, False, 0)
-        for feed in self.feeds:
+        for feed in feeds:
             feed.last.pop(stream.name, None)
-            if feed.wants(stream.name):
-                delivery.holders += 1
-                feed.put(delivery)
-        if not delivery.holders:
-            self._move(stream, event)
-        self._touch(stream)
+            delivery.holders += 1
+            feed.put(delivery)
 
     # ------------------------------------------------------------ the application's side of the queues
 
@@ -419,9 +498,12 @@ class Following:
             self._touch(stream)
 
     def _has_room(self, feed: Feed) -> None:
-        if self._wire.paused and all(len(one.queue) <= one.limit // 2 for one in self.feeds):
-            self._wire.resume()
+        # What was let go is named before the server goes on: it then goes on with that.
         self.resync()
+        if (self._held_back or self._wire.paused) and all(len(one.queue) <= one.limit // 2 for one in self.feeds):
+            if self._held_back:
+                self._hold_back(False)
+            self._wire.resume()
 
     def _feed_left(self, feed: Feed) -> None:
         """An iterator was let go: what only it had goes back, to be asked for again."""
@@ -432,6 +514,7 @@ class Following:
         returned += feed.queue
         feed.handed = None
         feed.queue.clear()
+        feed.size = 0
         for delivery in returned:
             delivery.holders -= 1
             if delivery.holders > 0:
@@ -444,7 +527,13 @@ class Following:
                 self._touch(stream)
         for stream in self.streams:
             stream.feeds = None
-        if self._wire.paused:
+        own = self.streams.get(OWN_STREAM)
+        if own is not None and not self._feeds_of(own) and own.received != self._applied:
+            # Nobody but the client reads it any more; the application comes back to it where it was.
+            own.received, own.epoch = self._applied, self._applied_epoch
+            own.behind = self._own_due
+            self._touch(own)
+        if self._wire.paused or self._held_back:
             self._has_room(feed)
         elif returned and self.feeds:
             self.resync()
@@ -495,4 +584,6 @@ class Following:
                 for stream in dirty.values()
                 if not stream.dropped
             ]
+            if OWN_STREAM in dirty:
+                rows.append(SavedStream(_OWN_APPLIED, self._applied_epoch, self._applied, False))
             self._store.save(self.mark, rows, dropped)

@@ -80,6 +80,11 @@ class Stream:
         if self.epoch is None:
             self.epoch = self.taken_epoch = epoch
 
+    @property
+    def passed(self) -> bool:
+        """The connection is not where the application is."""
+        return self.received != self.taken or self.epoch != self.taken_epoch
+
     def rewind(self) -> None:
         """What was received and not taken has gone back: it is to be asked for again."""
         self.received = self.taken

@@ -19,8 +19,11 @@ from .streams import Stream
 # Events that wait in one iterator: a few hundred kilobytes, a second of a busy day.
 QUEUE_MAX = 1_000
 # Replies to commands come on the same connection as events, so while a command waits for its reply the connection is
-# read on. What comes beyond this multiple of the queue is let go, and asked for again when there is room.
-OVERFLOW_FACTOR = 4
+# read on. When a queue has grown to so many bytes of frames the server is asked to hold events back …
+HOLD_BYTES = 1 << 20
+# … and what was under way by then still comes: the buffers of two usual systems hold about ten megabytes. What comes
+# beyond this is let go, and asked for again when there is room.
+KEPT_BYTES_MAX = 32 << 20
 # Signals that wait: they are about now, so that the oldest go first.
 SIGNALS_MAX = 1_000
 
@@ -30,25 +33,29 @@ T = TypeVar("T")
 class Delivery:
     """One event on its way. `holders`: feeds that have it and have not taken it; `shared`: some feed took it."""
 
-    __slots__ = ("event", "holders", "live", "shared", "stream")
+    __slots__ = ("event", "holders", "live", "shared", "size", "stream")
 
-    def __init__(self, stream: Stream, event: Event, live: bool, holders: int) -> None:
+    def __init__(self, stream: Stream, event: Event, live: bool, size: int) -> None:
         self.stream = stream
         self.event = event
         self.live = live
-        self.holders = holders
+        # Bytes of its frame.
+        self.size = size
+        self.holders = 0
         self.shared = False
 
 
 class Feed:
     """A bounded queue of deliveries for one iterator over all channels (`only` None) or over some."""
 
-    __slots__ = ("closed", "error", "handed", "last", "limit", "only", "queue", "waiter")
+    __slots__ = ("closed", "error", "handed", "last", "limit", "only", "queue", "size", "waiter")
 
     def __init__(self, only: frozenset[str] | None, limit: int) -> None:
         self.only = only
         self.limit = limit
         self.queue: deque[Delivery] = deque()
+        # Bytes of what is queued.
+        self.size = 0
         self.handed: Delivery | None = None
         self.waiter: Future[None] | None = None
         # Highest seq offered per stream: another feed's return must not bring this one anything twice.
@@ -63,6 +70,7 @@ class Feed:
     def put(self, delivery: Delivery) -> None:
         """Queue a delivery and wake who waits for it."""
         self.queue.append(delivery)
+        self.size += delivery.size
         waiter = self.waiter
         if waiter is not None:
             self.waiter = None
@@ -87,7 +95,8 @@ class Events:
     `(event.stream, event.seq)` in the same transaction as the event's effects.
 
     A slow consumer slows down the connection, never the memory: when `queue_size` events wait, the client stops
-    reading, and the server keeps the rest in its log. When the iterator is let go (a `break`, an exception), what was
+    reading, and the server keeps the rest in its log. (While a command waits for its reply it reads on, and more may
+    wait: see KEPT_BYTES_MAX.) When the iterator is let go (a `break`, an exception), what was
     not acknowledged goes to the next iterator that asks. `async with` acknowledges the last event at the end of the
     block, unless it ends with an exception; `taken()` does so at any time.
     """
@@ -125,6 +134,7 @@ class Events:
             feed.waiter = get_running_loop().create_future()
             await feed.waiter
         delivery = feed.handed = feed.queue.popleft()
+        feed.size -= delivery.size
         if len(feed.queue) == feed.limit // 2:
             self._on_room(feed)
         if self._on_given is not None:
