@@ -21,6 +21,7 @@ MANY = 10_000
 READER = "reader"
 WRITER = "writer"
 CHANNEL = "busy"
+COMMAND_EVERY = 100
 
 
 async def run(plan: Plan, findings: Findings) -> None:
@@ -33,9 +34,13 @@ async def run(plan: Plan, findings: Findings) -> None:
 
     async with kept_server(f"catchup-{missed}", make) as server:
         token = server.credentials.token(READER)
-        for name, drive in (("bare client", drive_bare), ("Python SDK", drive_sdk)):
+        for name, drive in (
+            ("bare client", drive_bare),
+            ("Python SDK", drive_sdk),
+            ("SDK with commands", drive_sdk_with_commands),
+        ):
             for turn in range(plan.runs):
-                async with worker(drive, server.port, token, f"{name[:4]}-{turn}", missed) as link:
+                async with worker(drive, server.port, token, f"{drive.__name__}-{turn}", missed) as link:
                     await link.receive()
                     before = server.cpu_time()
                     seconds, count = await link.ask()
@@ -43,6 +48,7 @@ async def run(plan: Plan, findings: Findings) -> None:
                 findings.add(f"{name}: events, by the clock", count / seconds, "1/s", at_least(30_000))
                 findings.add(f"{name}: events per server core-second", count / cpu.total_s, "1/s")
     findings.note(f"{missed} messages of 200 bytes of text in one channel, from its beginning to `synced`.")
+    findings.note(f"With commands: the application waits for the reply to one after every {COMMAND_EVERY} events.")
 
 
 async def drive_bare(link: Link, port: int, token: str, device: str, missed: int) -> None:
@@ -65,6 +71,15 @@ async def drive_bare(link: Link, port: int, token: str, device: str, missed: int
 
 
 async def drive_sdk(link: Link, port: int, token: str, device: str, missed: int) -> None:
+    await _drive_sdk(link, port, token, device, missed, missed)
+
+
+async def drive_sdk_with_commands(link: Link, port: int, token: str, device: str, missed: int) -> None:
+    """An application that has something to say while it catches up: the reply comes behind what it has not read."""
+    await _drive_sdk(link, port, token, device, missed, COMMAND_EVERY)
+
+
+async def _drive_sdk(link: Link, port: int, token: str, device: str, missed: int, command_every: int) -> None:
     link.send("ready")
     await link.receive()
     began = time.perf_counter()
@@ -74,6 +89,8 @@ async def drive_sdk(link: Link, port: int, token: str, device: str, missed: int)
         while count < missed:
             if isinstance(await anext(events), MessageCreated):
                 count += 1
+                if count % command_every == 0:
+                    await chat.set_presence("online")
         link.send((time.perf_counter() - began, count))
         await link.receive()
 
