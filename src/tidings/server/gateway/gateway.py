@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, assert_never
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Final, assert_never
 
 import msgspec
 
@@ -21,6 +21,7 @@ from tidings.server.services.apps import AppContext
 from tidings.server.services.messages import Edit
 from tidings.server.services.receipts import RECEIPTS_MEMBERS_MAX
 from tidings.server.services.sync import OWN_STREAM, StreamHandle, check_position
+from tidings.server.services.users import SEEN_BATCH
 from tidings.server.tasks import Tasks
 from tidings.server.telemetry import Metrics, get_logger
 from tidings.wire import limits
@@ -318,9 +319,9 @@ class Gateway:
             raise Refusal("unauthenticated", "`connect` needs a token.", field="token")
         auth = self.services.auth
         device = command.device
-        granted = await auth.authenticate(
-            token, app_hint=command.app, on_behalf_of=None, device=device.id, session=connection.id
-        )
+        credentials = {"app_hint": command.app, "device": device.id, "session": connection.id}
+        forgotten = auth.forgotten
+        granted = await auth.authenticate(token, **credentials)
         actor = granted.actor
         if actor.user is None:
             raise Refusal(
@@ -344,10 +345,11 @@ class Gateway:
             raise
         if connection.ended:
             return
-        # What was revoked before the hub knew us was not told to us: ask again, now that nothing can be missed.
-        credentials = {"app_hint": command.app, "device": device.id, "session": connection.id}
-        granted = auth.authenticate_now(token, **credentials) or await auth.authenticate(token, **credentials)
-        actor = granted.actor
+        # What was revoked before the hub knew us was not told to us: if anybody's credentials have changed since we
+        # looked, ask again, now that nothing can be missed.
+        if auth.forgotten != forgotten:
+            granted = auth.authenticate_now(token, **credentials) or await auth.authenticate(token, **credentials)
+            actor = granted.actor
         if connection.ended or actor.user is None:
             return
         connection.granted, connection.actor = granted, actor
@@ -759,10 +761,20 @@ class Gateway:
         seen = self.presence.take_seen()
         devices, self._devices = self._devices, {}
         users = self.services.users
-        for start in (
-            [users.register_device(app, user, device) for (_, user, _), (app, device) in devices.items()],
-            [users.record_seen(app, user, at) for (app, user), at in seen.items()],
-        ):
-            for result in await asyncio.gather(*start, return_exceptions=True):
-                if isinstance(result, BaseException):
-                    log.warning("seen_not_written", error=type(result).__name__)
+        by_app: dict[int, tuple[AppContext, list[tuple[str, DeviceInfo]]]] = {}
+        for (number, user, _), (app, device) in devices.items():
+            by_app.setdefault(number, (app, []))[1].append((user, device))
+        # One after the other: a reconnect storm must not fill the writer's queue with them.
+        for app, connected in by_app.values():
+            for start in range(0, len(connected), SEEN_BATCH):
+                await _tried(users.register_devices(app, connected[start : start + SEEN_BATCH]))
+        last = [(number, user, at) for (number, user), at in seen.items()]
+        for start in range(0, len(last), SEEN_BATCH):
+            await _tried(users.record_seen(last[start : start + SEEN_BATCH]))
+
+
+async def _tried(writing: Coroutine[Any, Any, None]) -> None:
+    try:
+        await writing
+    except Exception as error:
+        log.warning("seen_not_written", error=type(error).__name__)

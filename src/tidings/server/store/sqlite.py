@@ -79,6 +79,17 @@ def _drive(unit: Unit[T], tx: SqliteTx) -> T:
     raise RuntimeError("a unit of the store awaited something other than its transaction")
 
 
+def _read_from(connection: sqlite3.Connection, unit: Unit[T]) -> T:
+    try:
+        connection.execute("BEGIN")
+        try:
+            return _drive(unit, SqliteTx(connection))
+        finally:
+            connection.execute("ROLLBACK")
+    except sqlite3.OperationalError as error:
+        raise StoreUnavailable(str(error)) from error
+
+
 class _Work:
     """A unit in the writer's queue."""
 
@@ -122,6 +133,8 @@ class SqliteStore:
         self._seen_version = -1
         self._local = threading.local()
         self._reader_connections: list[sqlite3.Connection] = []
+        # The event loop's own.
+        self._glances: sqlite3.Connection | None = None
         self._readers = ThreadPoolExecutor(readers, "store-reader", initializer=self._open_reader)
         self._writer = threading.Thread(target=self._write_for_ever, name="store-writer", daemon=True)
         self._writer.start()
@@ -145,6 +158,13 @@ class SqliteStore:
         if self._closed:
             raise StoreUnavailable("it is closing")
         return await self._loop.run_in_executor(self._readers, self._read, unit)
+
+    async def glance(self, unit: Unit[T]) -> T:
+        if self._closed:
+            raise StoreUnavailable("it is closing")
+        if self._glances is None:
+            self._glances = self._connect_reader()
+        return _read_from(self._glances, unit)
 
     async def changed_elsewhere(self) -> bool:
         if self._closed:
@@ -170,20 +190,15 @@ class SqliteStore:
     # ------------------------------------------------------------ readers
 
     def _open_reader(self) -> None:
+        self._local.connection = self._connect_reader()
+
+    def _connect_reader(self) -> sqlite3.Connection:
         connection = connect(self.path, synchronous=self._synchronous, read_only=True)
-        self._local.connection = connection
         self._reader_connections.append(connection)
+        return connection
 
     def _read(self, unit: Unit[T]) -> T:
-        connection: sqlite3.Connection = self._local.connection
-        try:
-            connection.execute("BEGIN")
-            try:
-                return _drive(unit, SqliteTx(connection))
-            finally:
-                connection.execute("ROLLBACK")
-        except sqlite3.OperationalError as error:
-            raise StoreUnavailable(str(error)) from error
+        return _read_from(self._local.connection, unit)
 
     # ------------------------------------------------------------ the writer thread
 
