@@ -178,6 +178,14 @@ class Node:
 
         return await self.core.services.store.read(unit)
 
+    async def unheard(self, sql: str, *args: Any) -> None:
+        """Write to the store without a word, as another process does."""
+
+        async def unit(tx: Tx) -> None:
+            await tx.execute(sql, *args)
+
+        await self.core.services.store.run(unit)
+
     async def define(self, definition: ChannelType) -> None:
         """Give the app a channel type of its own."""
 

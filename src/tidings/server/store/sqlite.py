@@ -355,6 +355,7 @@ def connect(path: Path, *, synchronous: str = "full", read_only: bool = False) -
 STATISTICS: Final = (
     ("members", "members", "1000000 100000 20 1"),
     ("members", "members_user", "1000000 100000 20 1"),
+    ("members", "members_moved", "1000000 100000 20 2"),
     ("messages", "messages", "10000000 1000000 1000 1"),
     ("mentions", "mentions", "100000 10000 100 10 1"),
 )
@@ -445,9 +446,9 @@ _STREAMS = (
     " FROM v WHERE streams.sid=v.sid",
 )
 _SENDERS = (
-    "WITH v(app,sid,user,seq,counted,at) AS (VALUES ",
-    ") UPDATE members SET delivered=v.seq, read=v.seq, read_counted=v.counted, marked_from=NULL,"
-    " moved_at=CASE WHEN members.moved_at<v.at THEN v.at ELSE members.moved_at END"
+    "WITH v(app,sid,user,seq,counted) AS (VALUES ",
+    # Not `moved_at`: the stream has moved by the same message, and an index hangs on it.
+    ") UPDATE members SET delivered=v.seq, read=v.seq, read_counted=v.counted, marked_from=NULL"
     " FROM v WHERE members.app=v.app AND members.sid=v.sid AND members.user=v.user",
 )
 
@@ -472,7 +473,7 @@ def append_batch(connection: sqlite3.Connection, items: list[Append]) -> list[tu
     outbox: list[tuple[Any, ...]] = []
     mentions: list[tuple[Any, ...]] = []
     moved: dict[int, int] = {}
-    senders: dict[tuple[int, int, str], tuple[int, int, int]] = {}
+    senders: dict[tuple[int, int, str], tuple[int, int]] = {}
     for item in items:
         sid = item.sid
         head = heads.get(sid)
@@ -525,7 +526,7 @@ def append_batch(connection: sqlite3.Connection, items: list[Append]) -> list[tu
             mentions.append((app, sid, EVERYONE, seq))
         moved[sid] = at
         if by is not None:
-            senders[(app, sid, by)] = (seq, counted, at)
+            senders[(app, sid, by)] = (seq, counted)
         known[key] = (message_id, seq, at, item.digest)
         outcomes.append((item, Appended(message_id, seq, at)))
     if messages:
