@@ -458,6 +458,13 @@ async def test_who_comes_and_goes_while_members_change_has_everything_that_is_th
                 position[name] = max(position[name], seq)
         taken = len(frames)
 
+    async def come() -> RecordingPeer:
+        peer = await node.connect("alice", since=mark)
+        moved = {entry["stream"]: entry["head"] for entry in peer.of("connected")[0].get("moved", [])}
+        if moved:
+            await peer.ask("sync", positions={name: {"seq": position.get(name, at)} for name, at in moved.items()})
+        return peer
+
     async def settle(peer: RecordingPeer) -> None:
         await asyncio.gather(*sending)
         sending.clear()
@@ -481,9 +488,7 @@ async def test_who_comes_and_goes_while_members_change_has_everything_that_is_th
                 # What came before the joining is not asked for.
                 position[name] = max(position[name], await node.head(name) - 1)
         elif peer is None:
-            peer, taken = await node.connect("alice", since=mark), 0
-            moved = {entry["stream"]: entry["head"] for entry in peer.of("connected")[0]["moved"]}
-            await peer.ask("sync", positions={name: {"seq": position.get(name, at)} for name, at in moved.items()})
+            peer, taken = await come(), 0
         elif step < 0.8:
             await settle(peer)
             node.clock.advance(20)
@@ -495,9 +500,7 @@ async def test_who_comes_and_goes_while_members_change_has_everything_that_is_th
         for _ in range(rng.randrange(4)):
             await asyncio.sleep(0)
     if peer is None:
-        peer, taken = await node.connect("alice", since=mark), 0
-        moved = {entry["stream"]: entry["head"] for entry in peer.of("connected")[0]["moved"]}
-        await peer.ask("sync", positions={name: {"seq": position.get(name, at)} for name, at in moved.items()})
+        peer, taken = await come(), 0
     await settle(peer)
     for name in names:
         if member[name]:
