@@ -10,6 +10,7 @@ import pytest
 
 from tidings.server.errors import NotFound, StoreUnavailable
 from tidings.server.gateway import gateway as gateway_module
+from tidings.server.gateway import hub as hub_module
 from tidings.wire import limits
 
 from .world import Node, RecordingPeer
@@ -215,6 +216,35 @@ async def test_positions_that_do_not_fit_are_refused_each_with_its_reason(node: 
         assert refused["epoch"]
     reply = await alice.ask("sync", positions={"nowhere": {"seq": 0}})
     assert reply["refused"]["nowhere"]["code"] == "not_found"
+
+
+async def test_a_position_that_has_not_come_through_this_node_is_compared_with_the_store(node: Node) -> None:
+    alice, bob = await node.connect("alice"), await node.connect("bob")
+    start = await node.head("c")
+    with node.deaf():
+        await node.send("c")
+    reply = await alice.ask("sync", positions={"c": {"seq": start + 1}})
+    assert reply["streams"] == ["c"]
+    await node.send("c")
+    for peer, first in ((alice, start + 2), (bob, start + 1)):
+        await peer.got("c", start + 2)
+        assert peer.events("c") == list(range(first, start + 3))
+
+
+async def test_a_move_that_was_never_announced_is_read_from_the_log_in_a_while(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "ANNOUNCED_SECONDS", 0.01)
+    bob = await node.connect("bob")
+    mark = (await bob.ask("ping"))["mark"]
+    start = await node.head("c")
+    with node.deaf():
+        await node.send("c")
+    alice = await node.connect("alice", since=mark)
+    await alice.ask("sync", positions={"c": {"seq": start}})
+    for peer in (alice, bob):
+        await peer.got("c", start + 1)
+        assert peer.events("c") == [start + 1]
 
 
 async def test_a_foreign_stream_looks_like_none(node: Node) -> None:

@@ -25,10 +25,12 @@ log = get_logger(__name__)
 RECENT_SECONDS: Final = 5.0
 # The public name of every user's own stream.
 OWN: Final = "@me"
+# How long after its commit an event is announced at the latest, seconds, if it is: then the log is read instead.
+ANNOUNCED_SECONDS: Final = 1.0
 # How long a user's streams are kept after their last peer has gone, seconds: a tunnel, a lift, a laptop carried to the
 # next meeting, a server before this one that was restarted.
 KEPT_SECONDS: Final = 600.0
-# Streams kept for users without a peer, counted for each of them: 200 to 700 bytes each, 70 MB if nobody shares any.
+# Streams kept for users without a peer, counted for each of them: 300 to 900 bytes each, 90 MB if nobody shares any.
 KEPT_STREAMS_MAX: Final = 100_000
 
 # A user: the app's number and the user's id.
@@ -63,7 +65,7 @@ class Subscriber:
         # How many of the peers are reading the memberships, and the streams that notices told of meanwhile: of those
         # they know better than what was read.
         self.loading = 0
-        self.told: set[int] = set()
+        self.told: set[int] | None = None
         # When the last peer has gone, seconds of the loop's clock.
         self.idle_since = 0.0
 
@@ -292,8 +294,10 @@ class Hub:
 
     def load(self, subscriber: Subscriber) -> int:
         """The user's memberships are being read from now on; what to give to `loaded`."""
+        if not subscriber.loading:
+            subscriber.told = set()
+            self._loading.add(subscriber)
         subscriber.loading += 1
-        self._loading.add(subscriber)
         return self._doubts
 
     def loaded(self, subscriber: Subscriber, memberships: Iterable[Membership] | None, began: int) -> None:
@@ -302,7 +306,7 @@ class Hub:
         What notices have told meanwhile stays as they told it.
         """
         if memberships is not None and not subscriber.known and subscriber.peers:
-            told, streams = subscriber.told, subscriber.streams
+            told, streams = subscriber.told or (), subscriber.streams
             found = set()
             for sid, name, epoch, head in memberships:
                 found.add(sid)
@@ -313,7 +317,7 @@ class Hub:
             subscriber.known = began == self._doubts
         subscriber.loading -= 1
         if not subscriber.loading:
-            subscriber.told.clear()
+            subscriber.told = None
             self._loading.discard(subscriber)
 
     def exit(self, peer: Peer) -> None:
@@ -336,13 +340,17 @@ class Hub:
 
     def hold(self, peer: Peer, heads: dict[int, int]) -> None:
         """Send nothing of streams that stand at these heads in a snapshot until the client says what it has."""
+        unheard = {}
         for sid, head in heads.items():
             stream = peer.streams.get(sid)
             if stream is None:
                 continue  # Left meanwhile, or joined and not announced yet.
             if head > stream.head:
-                self._put_behind(stream, head)
+                unheard[sid] = head
             peer.behind[sid] = None
+        if unheard:
+            # Mostly the announcement is under way; to send everybody to the log at once for that would be a storm.
+            self._loop.call_later(ANNOUNCED_SECONDS, self.recheck, unheard)
 
     def sweep(self) -> None:
         """Forget users who have had no peer for too long, or are too many."""
@@ -430,7 +438,7 @@ class Hub:
         subscriber = self.users.get((notice.app, notice.user))
         if subscriber is None:
             return
-        if subscriber.loading:
+        if subscriber.told is not None:
             subscriber.told.add(sid)
         if sid in subscriber.streams:
             return
@@ -450,7 +458,7 @@ class Hub:
             one = self.users.get((notice.app, notice.user))
             subscribers = [] if one is None else [one]
         for subscriber in subscribers:
-            if subscriber.loading:
+            if subscriber.told is not None:
                 subscriber.told.add(sid)
             self.leave(subscriber, sid)
 
