@@ -656,7 +656,7 @@ MUTANTS: list[Mutant] = [
         file="src/tidings/server/gateway/gateway.py",
         old="        if auth.forgotten != forgotten:",
         new="        if auth.forgotten < forgotten:",
-        tests=["tests/gateway/test_hub.py", "-k", "revoked_while"],
+        tests=["tests/gateway/test_hub.py", "-k", "looked_up"],
     ),
     Mutant(
         check="S2",

@@ -104,7 +104,7 @@ async def test_a_new_member_is_live_from_their_own_joining_on(node: Node) -> Non
 
 
 async def test_nothing_reaches_a_member_from_their_removal_on(node: Node) -> None:
-    bob = await node.connect("bob")
+    alice, bob = await node.connect("alice"), await node.connect("bob")
     await node.send("c")
     await bob.quiet()
     had = bob.events("c")
@@ -113,6 +113,8 @@ async def test_nothing_reaches_a_member_from_their_removal_on(node: Node) -> Non
     await bob.quiet()
     assert bob.events("c") == had
     assert [frame["data"]["channel"] for frame in bob.of("channel.left")] == ["c"]
+    await alice.quiet()
+    assert len(alice.events("c")) == len(had) + 2
 
 
 async def test_nothing_reaches_a_member_whose_role_lost_the_right_to_read(node: Node) -> None:
@@ -282,6 +284,29 @@ async def test_a_token_revoked_while_its_connection_enters_ends_it(node: Node, m
     await peer.until(lambda: peer.closed_with is not None or peer.of("connected"))
     assert peer.closed_with == 4401
     assert peer.of("connected") == []
+
+
+async def test_a_token_revoked_while_its_user_is_looked_up_lets_nobody_in(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = await node.token("alice")
+    node.clock.advance(1)
+    auth = node.services.auth
+    auth.forget_all()
+    real = auth._load_user
+
+    async def overtaken(*args: Any) -> Any:
+        monkeypatch.setattr(auth, "_load_user", real)
+        found = await real(*args)
+        await auth.revoke(node.backend, "alice")
+        return found
+
+    monkeypatch.setattr(auth, "_load_user", overtaken)
+    peer = node.peer()
+    peer.say("connect", token=token, device={"id": "d"})
+    await peer.until(lambda: peer.closed_with is not None or peer.of("connected"))
+    assert (peer.closed_with, peer.of("connected")) == (4401, [])
+    assert peer.of("error")[0]["code"] == "token_revoked"
 
 
 async def test_a_transport_that_ends_while_its_connection_enters_leaves_nothing_behind(
