@@ -106,7 +106,13 @@ async def run_quiet(plan: Plan, findings: Findings) -> None:
     async with kept_server(f"quiet-{counts[1]}", make) as server:
         tokens = [server.credentials.token(f"{READER}-{count}") for count in counts]
         marks = []
-        for token in tokens:
+        for count, token in zip(counts, tokens, strict=True):
+            async with worker(drive_first, server.port, token) as link:
+                await link.receive()
+                before = server.cpu_time()
+                await link.ask()
+                cpu = (server.cpu_time() - before).total_s
+            findings.add(f"among {count} channels: server CPU, first connect", cpu * 1e3, "ms")
             async with worker(drive_mark, server.port, token) as link:
                 marks.append(await link.receive())
         for turn in range(plan.runs + 1):
@@ -135,6 +141,14 @@ async def run_quiet(plan: Plan, findings: Findings) -> None:
 async def _write_one(server: BenchServer, channel: str, key: str) -> None:
     async with acting(server, WRITER) as rest:
         await rest.messages.send(channel, "x" * 200, key=key)
+
+
+async def drive_first(link: Link, port: int, token: str) -> None:
+    link.send("ready")
+    await link.receive()
+    await connect(port, token)
+    link.send("connected")
+    await link.receive()
 
 
 async def drive_mark(link: Link, port: int, token: str) -> None:

@@ -307,3 +307,12 @@ def test_the_app_a_token_is_for_can_be_read_to_choose_the_keys(app: AppKeys, key
         with pytest.raises(TokenRefused) as refusal:
             unverified_app(token)
         assert refusal.value.code == code
+
+
+def test_the_app_of_a_token_is_remembered_only_if_the_token_names_it(
+    verifier: TokenVerifier, app: AppKeys, keys: AttackKeys
+) -> None:
+    for token, named in ((hs_token(app, keys), app.app_id), (hs_token(app, keys, app=None), None)):
+        before = verifier.app_of(token)
+        verifier.verify(app, token)
+        assert before == verifier.app_of(token) == named

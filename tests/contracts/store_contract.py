@@ -378,7 +378,8 @@ class StoreContract:
             await submit(store, 1, f"k{n}")
             assert await query(store, "SELECT head FROM streams WHERE sid=1") == [(n,)]
 
-    async def test_a_read_is_one_snapshot(self, store: Store) -> None:
+    @pytest.mark.parametrize("door", ["read", "glance"])
+    async def test_a_read_is_one_snapshot(self, store: Store, door: str) -> None:
         async def unit(tx: Tx) -> list[tuple[int, int]]:
             found = []
             for _ in range(30):
@@ -391,26 +392,28 @@ class StoreContract:
 
         writing = asyncio.gather(*[submit(store, 1, f"k{n}") for n in range(MANY)])
         for _ in range(10):
-            found = await store.read(unit)
+            found = await getattr(store, door)(unit)
             assert len(set(found)) == 1
             assert found[0][0] == found[0][1]
         await writing
 
-    async def test_a_write_while_reading_is_refused(self, store: Store) -> None:
+    @pytest.mark.parametrize("door", ["read", "glance"])
+    async def test_a_write_while_reading_is_refused(self, store: Store, door: str) -> None:
         async def unit(tx: Tx) -> int:
             return await tx.execute("UPDATE streams SET head=99 WHERE sid=1")
 
         with pytest.raises(Exception):  # noqa: B017 - each database has its own word for it
-            await store.read(unit)
+            await getattr(store, door)(unit)
         assert await query(store, "SELECT head FROM streams WHERE sid=1") == [(0,)]
 
-    async def test_an_error_while_reading_reaches_its_caller_and_reading_goes_on(self, store: Store) -> None:
+    @pytest.mark.parametrize("door", ["read", "glance"])
+    async def test_an_error_while_reading_reaches_its_caller_and_reading_goes_on(self, store: Store, door: str) -> None:
         async def unit(tx: Tx) -> None:
             raise KeyError
 
         for _ in range(5):
             with pytest.raises(KeyError):
-                await store.read(unit)
+                await getattr(store, door)(unit)
         assert await seqs(store, 1) == []
 
     # ------------------------------------------------------------ what an append leaves behind
@@ -514,6 +517,8 @@ class StoreContract:
             await store.run(event_unit(1, "late"))
         with pytest.raises(StoreUnavailable):
             await store.read(event_unit(1, "late"))
+        with pytest.raises(StoreUnavailable):
+            await store.glance(event_unit(1, "late"))
         assert await store.changed_elsewhere() is False
         await store.close()
         assert await seqs(await site.open(), 1) == list(range(1, MANY + 2))

@@ -10,6 +10,7 @@ import pytest
 
 from tidings.server.errors import NotFound, StoreUnavailable
 from tidings.server.gateway import gateway as gateway_module
+from tidings.server.gateway import hub as hub_module
 from tidings.wire import limits
 
 from .world import Node, RecordingPeer
@@ -183,6 +184,50 @@ async def test_more_streams_than_fit_come_by_page_and_stay_held(node: Node, monk
     assert alice.events("n3") == [await node.head("n3")]
 
 
+@pytest.mark.parametrize("comes_back", [False, True])
+async def test_what_moves_while_a_client_connects_is_told_or_comes_by_itself(
+    node: Node, monkeypatch: pytest.MonkeyPatch, comes_back: bool
+) -> None:
+    """Before the snapshot of what moved it is in it, and held; after it, it comes."""
+    for name in ("before", "after"):
+        await node.channel(name, "alice")
+    bob = await node.connect("bob")
+    node.clock.advance(60)
+    if comes_back:
+        (await node.connect("alice")).gone()
+    await bob.ask("ping")
+    mark = (await bob.ask("ping"))["mark"]
+    memberships, moved = node.gateway.sync.memberships, node.gateway.sync.moved
+
+    async def slow_memberships(*args: Any) -> Any:
+        found = await memberships(*args)
+        await node.send("before")
+        return found
+
+    async def slow_moved(*args: Any) -> Any:
+        if comes_back:
+            await node.send("before")
+        found = await moved(*args)
+        await node.send("before")
+        await node.send("after")
+        return found
+
+    monkeypatch.setattr(node.gateway.sync, "memberships", slow_memberships)
+    monkeypatch.setattr(node.gateway.sync, "moved", slow_moved)
+    start = {name: await node.head(name) for name in ("before", "after")}
+    alice = await node.connect("alice", since=mark)
+    told = {entry["stream"]: entry["head"] for entry in alice.of("connected")[0]["moved"]}
+    assert told == {"before": start["before"] + 1}
+    await alice.got("after", start["after"] + 1)
+    await alice.ask("sync", positions={"before": {"seq": start["before"]}})
+    await node.send("before")
+    await node.send("after")
+    await alice.got("before", start["before"] + 3)
+    await alice.got("after", start["after"] + 2)
+    assert alice.events("before") == [start["before"] + number for number in (1, 2, 3)]
+    assert alice.events("after") == [start["after"] + number for number in (1, 2)]
+
+
 # ------------------------------------------------------------ refusals
 
 
@@ -200,6 +245,35 @@ async def test_positions_that_do_not_fit_are_refused_each_with_its_reason(node: 
         assert refused["epoch"]
     reply = await alice.ask("sync", positions={"nowhere": {"seq": 0}})
     assert reply["refused"]["nowhere"]["code"] == "not_found"
+
+
+async def test_a_position_that_has_not_come_through_this_node_is_compared_with_the_store(node: Node) -> None:
+    alice, bob = await node.connect("alice"), await node.connect("bob")
+    start = await node.head("c")
+    with node.deaf():
+        await node.send("c")
+    reply = await alice.ask("sync", positions={"c": {"seq": start + 1}})
+    assert reply["streams"] == ["c"]
+    await node.send("c")
+    for peer, first in ((alice, start + 2), (bob, start + 1)):
+        await peer.got("c", start + 2)
+        assert peer.events("c") == list(range(first, start + 3))
+
+
+async def test_a_move_that_was_never_announced_is_read_from_the_log_in_a_while(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "ANNOUNCED_SECONDS", 0.01)
+    bob = await node.connect("bob")
+    mark = (await bob.ask("ping"))["mark"]
+    start = await node.head("c")
+    with node.deaf():
+        await node.send("c")
+    alice = await node.connect("alice", since=mark)
+    await alice.ask("sync", positions={"c": {"seq": start}})
+    for peer in (alice, bob):
+        await peer.got("c", start + 1)
+        assert peer.events("c") == [start + 1]
 
 
 async def test_a_foreign_stream_looks_like_none(node: Node) -> None:
@@ -298,17 +372,17 @@ async def test_a_member_removed_while_a_page_is_read_gets_nothing_of_it(
 
 async def test_joining_and_leaving_while_the_connection_enters(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     await node.channel("joined", "bob")
-    real = node.gateway.sync.enter
+    real = node.gateway.sync.memberships
 
-    async def overtaken(actor: Any, since: Any) -> Any:
-        entry = await real(actor, since)
+    async def overtaken(actor: Any) -> Any:
+        entry = await real(actor)
         await node.remove("c", "alice")
         await node.send("c")
         await node.add("joined", "alice")
         await node.send("joined")
         return entry
 
-    monkeypatch.setattr(node.gateway.sync, "enter", overtaken)
+    monkeypatch.setattr(node.gateway.sync, "memberships", overtaken)
     alice = await node.connect("alice")
     head = await node.head("joined")
     await alice.got("joined", head)
@@ -320,15 +394,15 @@ async def test_joining_and_leaving_while_the_connection_enters(node: Node, monke
 async def test_a_channel_left_and_joined_again_while_the_connection_enters(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = node.gateway.sync.enter
+    real = node.gateway.sync.memberships
 
-    async def overtaken(actor: Any, since: Any) -> Any:
-        entry = await real(actor, since)
+    async def overtaken(actor: Any) -> Any:
+        entry = await real(actor)
         await node.remove("c", "alice")
         await node.add("c", "alice")
         return entry
 
-    monkeypatch.setattr(node.gateway.sync, "enter", overtaken)
+    monkeypatch.setattr(node.gateway.sync, "memberships", overtaken)
     alice = await node.connect("alice")
     await node.send("c")
     head = await node.head("c")
@@ -419,3 +493,77 @@ async def test_a_client_by_the_rules_has_everything_once_whatever_it_asks_for(
         assert seq <= position + 1, "a gap"
         position = max(position, seq)
     assert position == end
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_who_comes_and_goes_while_members_change_has_everything_that_is_theirs_once(
+    node: Node, seed: int
+) -> None:
+    """A client by the rules: it keeps positions, names what moved, and starts a channel where it joined."""
+    rng = random.Random(seed)
+    names = [await node.channel(f"r{number}", "alice", "bob") for number in range(3)]
+    member = dict.fromkeys(names, True)
+    position = {name: await node.head(name) for name in names}
+    mark = (await node.connect("bob")).of("connected")[0]["mark"]
+    node.clock.advance(60)
+    peer: RecordingPeer | None = None
+    taken = 0
+    sending: list[asyncio.Task[Any]] = []
+
+    def take(peer: RecordingPeer) -> None:
+        nonlocal taken
+        frames = peer.frames
+        for frame in frames[taken:]:
+            name, seq = frame.get("stream"), frame.get("seq")
+            if name in position and "data" in frame:
+                assert seq <= position[name] + 1, (name, seq, position[name])
+                position[name] = max(position[name], seq)
+        taken = len(frames)
+
+    async def come() -> RecordingPeer:
+        peer = await node.connect("alice", since=mark)
+        moved = {entry["stream"]: entry["head"] for entry in peer.of("connected")[0].get("moved", [])}
+        if moved:
+            await peer.ask("sync", positions={name: {"seq": position.get(name, at)} for name, at in moved.items()})
+        return peer
+
+    async def settle(peer: RecordingPeer) -> None:
+        await asyncio.gather(*sending)
+        sending.clear()
+        await peer.until(lambda: not peer.behind)
+        await peer.quiet()
+        take(peer)
+
+    for _ in range(40):
+        step, name = rng.random(), rng.choice(names)
+        if step < 0.5:
+            sending.append(asyncio.create_task(node.send(name)))
+        elif step < 0.65:
+            if peer is not None:
+                await settle(peer)
+            change = node.remove(name, "alice") if member[name] else node.add(name, "alice")
+            await change
+            member[name] = not member[name]
+            if not member[name]:
+                assert peer is None or name not in {stream.name for stream in peer.streams.values()}
+            else:
+                # What came before the joining is not asked for.
+                position[name] = max(position[name], await node.head(name) - 1)
+        elif peer is None:
+            peer, taken = await come(), 0
+        elif step < 0.8:
+            await settle(peer)
+            node.clock.advance(20)
+            mark = (await peer.ask("ping"))["mark"]
+        else:
+            take(peer)
+            peer.gone()
+            peer = None
+        for _ in range(rng.randrange(4)):
+            await asyncio.sleep(0)
+    if peer is None:
+        peer, taken = await come(), 0
+    await settle(peer)
+    for name in names:
+        if member[name]:
+            assert position[name] == await node.head(name)

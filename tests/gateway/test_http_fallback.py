@@ -235,7 +235,7 @@ async def test_a_session_that_nobody_reads_ends(door: Door) -> None:
     door.node.clock.advance(0.1)
     connection.tick(door.node.clock.monotonic())
     assert alice.session not in door.node.gateway.http_sessions
-    assert door.node.gateway.hub.users == {}
+    assert door.node.gateway.hub.peers_of(1, "alice") == []
     assert (await alice.poll_raw()).json()["code"] == "session_unknown"
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from tidings.server.bus.base import Published, Revoked, Signal
 from tidings.server.errors import Refusal
+from tidings.server.gateway import hub as hub_module
 from tidings.server.gateway.session import State
 from tidings.wire.requests import MemberUpdate
 from tidings.wire.resources import ChannelFeatures, ChannelType
@@ -103,7 +104,7 @@ async def test_a_new_member_is_live_from_their_own_joining_on(node: Node) -> Non
 
 
 async def test_nothing_reaches_a_member_from_their_removal_on(node: Node) -> None:
-    bob = await node.connect("bob")
+    alice, bob = await node.connect("alice"), await node.connect("bob")
     await node.send("c")
     await bob.quiet()
     had = bob.events("c")
@@ -112,6 +113,8 @@ async def test_nothing_reaches_a_member_from_their_removal_on(node: Node) -> Non
     await bob.quiet()
     assert bob.events("c") == had
     assert [frame["data"]["channel"] for frame in bob.of("channel.left")] == ["c"]
+    await alice.quiet()
+    assert len(alice.events("c")) == len(had) + 2
 
 
 async def test_nothing_reaches_a_member_whose_role_lost_the_right_to_read(node: Node) -> None:
@@ -269,13 +272,13 @@ async def test_a_revoked_users_connections_end(node: Node) -> None:
 async def test_a_token_revoked_while_its_connection_enters_ends_it(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     token = await node.token("alice")
     node.clock.advance(1)
-    real = node.gateway.sync.enter
+    real = node.gateway.sync.memberships
 
-    async def overtaken(actor: Any, since: Any) -> Any:
+    async def overtaken(actor: Any) -> Any:
         await node.services.auth.revoke(node.backend, "alice")
-        return await real(actor, since)
+        return await real(actor)
 
-    monkeypatch.setattr(node.gateway.sync, "enter", overtaken)
+    monkeypatch.setattr(node.gateway.sync, "memberships", overtaken)
     peer = node.peer()
     peer.say("connect", token=token, device={"id": "d"})
     await peer.until(lambda: peer.closed_with is not None or peer.of("connected"))
@@ -283,18 +286,41 @@ async def test_a_token_revoked_while_its_connection_enters_ends_it(node: Node, m
     assert peer.of("connected") == []
 
 
+async def test_a_token_revoked_while_its_user_is_looked_up_lets_nobody_in(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = await node.token("alice")
+    node.clock.advance(1)
+    auth = node.services.auth
+    auth.forget_all()
+    real = auth._load_user
+
+    async def overtaken(*args: Any) -> Any:
+        monkeypatch.setattr(auth, "_load_user", real)
+        found = await real(*args)
+        await auth.revoke(node.backend, "alice")
+        return found
+
+    monkeypatch.setattr(auth, "_load_user", overtaken)
+    peer = node.peer()
+    peer.say("connect", token=token, device={"id": "d"})
+    await peer.until(lambda: peer.closed_with is not None or peer.of("connected"))
+    assert (peer.closed_with, peer.of("connected")) == (4401, [])
+    assert peer.of("error")[0]["code"] == "token_revoked"
+
+
 async def test_a_transport_that_ends_while_its_connection_enters_leaves_nothing_behind(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = node.gateway.sync.enter
+    real = node.gateway.sync.memberships
     peer = node.peer()
 
-    async def overtaken(actor: Any, since: Any) -> Any:
-        entry = await real(actor, since)
+    async def overtaken(actor: Any) -> Any:
+        entry = await real(actor)
         peer.gone()
         return entry
 
-    monkeypatch.setattr(node.gateway.sync, "enter", overtaken)
+    monkeypatch.setattr(node.gateway.sync, "memberships", overtaken)
     peer.say("connect", token=await node.token("alice"), device={"id": "d"})
     async with asyncio.timeout(5):
         while len(node.gateway.tasks):
@@ -305,12 +331,108 @@ async def test_a_transport_that_ends_while_its_connection_enters_leaves_nothing_
     assert node.gateway.presence._online == set()
 
 
-async def test_a_closed_connection_leaves_nothing_behind(node: Node) -> None:
-    alice = await node.connect("alice")
+async def test_a_closed_connection_leaves_only_what_its_user_listened_to_and_that_for_a_while(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alice, bob = await node.connect("alice"), await node.connect("bob")
     alice.gone()
     hub = node.gateway.hub
-    assert (hub.users, hub.streams, hub.named) == ({}, {}, {})
+    assert (node.gateway.connections, set(hub.users)) == ({bob}, {(1, "alice"), (1, "bob")})
+    bob.gone()
     assert (node.gateway.connections, node.gateway.by_address) == (set(), {})
+    assert hub._kept == 4
+    await node.channel("new", "alice")
+    await node.remove("c", "bob")
+    assert hub._kept == 4
+    monkeypatch.setattr(hub_module, "KEPT_STREAMS_MAX", 3)
+    hub.sweep()
+    assert (set(hub.users), hub._kept) == ({(1, "bob")}, 1)
+    monkeypatch.setattr(hub_module, "KEPT_SECONDS", 0.0)
+    hub.sweep()
+    assert (hub.users, hub.streams, hub.named, hub._idle, hub._kept) == ({}, {}, {}, {}, 0)
+
+
+async def test_who_comes_back_hears_what_they_joined_meanwhile_and_not_what_they_left(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await node.channel("left", "alice", "bob")
+    await node.channel("deleted", "alice", "bob")
+    (await node.connect("alice")).gone()
+    await node.channel("joined", "alice", "bob")
+    await node.remove("left", "alice")
+    await node.services.channels.delete(node.backend, "deleted")
+
+    async def never(*args: Any) -> Any:
+        raise AssertionError("the memberships are known")
+
+    monkeypatch.setattr(node.gateway.sync, "memberships", never)
+    alice = await node.connect("alice")
+    assert sorted(stream.name for stream in alice.streams.values()) == ["@me", "c", "joined"]
+    for name in ("c", "joined", "left"):
+        await node.send(name)
+    await alice.quiet()
+    assert [len(alice.events(name)) for name in ("c", "joined", "left")] == [1, 1, 0]
+
+
+async def test_connections_of_one_user_come_and_go_without_each_other(node: Node) -> None:
+    phone = await node.connect("alice", "phone")
+    laptop = await node.connect("alice", "laptop")
+    await node.send("c")
+    await laptop.quiet()
+    phone.gone()
+    await node.send("c")
+    tablet = await node.connect("alice", "tablet")
+    await node.send("c")
+    for peer, count in ((phone, 1), (laptop, 3), (tablet, 1)):
+        if peer is not phone:
+            await peer.quiet()
+        assert len(peer.events("c")) == count
+    assert (phone.streams, phone.behind) == ({}, {})
+
+
+async def test_a_membership_that_another_process_has_ended_is_not_kept(node: Node) -> None:
+    phone, bob = await node.connect("alice", "phone"), await node.connect("bob")
+    bob.gone()
+    await node.unheard("DELETE FROM members WHERE user IN ('alice', 'bob')")
+    await node.gateway.changed_elsewhere()
+    alice, bob = await node.connect("alice"), await node.connect("bob")
+    for peer in (phone, alice, bob):
+        assert [stream.name for stream in peer.streams.values()] == ["@me"]
+    await node.send("c")
+    for peer in (phone, alice, bob):
+        await peer.quiet()
+        assert peer.events("c") == []
+
+
+async def test_a_joining_that_was_not_announced_is_found_by_the_own_streams_head(node: Node) -> None:
+    first = await node.connect("carol")
+    mark = first.of("connected")[0]["mark"]
+    first.gone()
+    with node.deaf():
+        await node.add("c", "carol")
+    carol = await node.connect("carol", since=mark)
+    moved = {entry["stream"]: entry["head"] for entry in carol.of("connected")[0]["moved"]}
+    assert set(moved) == {"@me", "c"}
+    await carol.ask("sync", positions={name: {"seq": head} for name, head in moved.items()})
+    await node.send("c")
+    await carol.got("c", moved["c"] + 1)
+
+
+async def test_who_gets_the_right_to_read_back_hears_the_channel_when_they_come_back(node: Node) -> None:
+    await node.define(ChannelType(name="ward", features=ChannelFeatures(), grants={"waiting": ["typing.send"]}))
+    await node.channel("w", "alice", "bob", type="ward", bob="waiting")
+    bob = await node.connect("bob")
+    await bob.until(lambda: not bob.behind)
+    await node.services.members.update(node.backend, "w", "bob", MemberUpdate(role="member"))
+    await node.send("w")
+    await bob.quiet()
+    assert bob.events("w") == []
+    bob.gone()
+    bob = await node.connect("bob")
+    await bob.until(lambda: not bob.behind)
+    head = (await node.send("w")).seq
+    await bob.got("w", head)
+    assert bob.events("w") == [head]
 
 
 async def test_draining_says_when_to_come_back_answers_what_was_accepted_then_closes(node: Node) -> None:

@@ -75,7 +75,7 @@ async def test_keys_rotate_under_load_without_a_failed_read_or_send(place: Place
                 await services.users.update(actor, "alice", UserUpdate(name=f"Alice {number}"))
                 assert (await services.users.get(actor, "alice")).name == f"Alice {number}"
                 await services.users.create(actor, UserCreate(id=f"u{number}", name=f"User {number}"))
-                await services.users.register_device(app, "bob", DeviceInfo(id=f"d{number % 5}", name="Phone"))
+                await services.users.register_devices(app, [("bob", DeviceInfo(id=f"d{number % 5}", name="Phone"))])
                 assert all(device.name == "Phone" for device in await services.users.devices(actor, "bob"))
                 await services.channels.create(actor, ChannelCreate(id=f"c-{number}", members=["alice"], name="n"))
                 # A few dozen changes a second are load enough, and leave the other process its half of the machine.

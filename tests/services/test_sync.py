@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 
 from tidings.server.errors import Refusal
-from tidings.server.services.sync import Sync, make_mark
+from tidings.server.services import sync as sync_module
+from tidings.server.services.receipts import Receipts
+from tidings.server.services.sync import Sync, make_mark, read_mark
 from tidings.wire.resources import Head
 
 from .conftest import World
@@ -107,41 +110,84 @@ async def test_what_moved_comes_by_page_and_the_pages_fit_together(
 
     monkeypatch.setattr(sync, "_head", counting)
     since = make_mark(world.clock.now_ms())
-    entry = await sync.enter(alice, since)
-    assert (len(entry.memberships), len(entry.moved), counted) == (10, 4, 3), "what is not shown is not counted"
-    assert entry.more is not None
-    seen = [head.stream for head in entry.moved]
-    more: str | None = entry.more
+    assert len(await sync.memberships(alice)) == 10
+    now = sync.mark()
+    first = await sync.moved(alice, read_mark(since), now, 10)
+    assert (len(first.at), len(first.heads), counted) == (10, 4, 3), "what is not shown is not counted"
+    assert first.more is not None
+    seen = [head.stream for head in first.heads]
+    more: str | None = first.more
     while more is not None:
         heads, more, mark = await sync.heads(alice, since, more, 4)
-        assert mark == entry.mark
+        assert mark == now
         seen += [head.stream for head in heads]
     assert sorted(seen) == sorted(["@me", *(f"c{number}" for number in range(9))])
     assert len(seen) == 10
-    assert (await sync.enter(alice, None)).more is None
     world.clock.advance(60)
     await world.send(bob, "c3")
-    entry = await sync.enter(alice, make_mark(world.clock.now_ms()))
-    assert ([head.stream for head in entry.moved], entry.more) == (["c3"], None)
+    later = await sync.moved(alice, read_mark(make_mark(world.clock.now_ms())), now, 10)
+    assert ([head.stream for head in later.heads], later.more) == (["c3"], None)
 
 
-async def test_a_stream_that_moved_meanwhile_is_told_with_its_counts(world: World, sync: Sync) -> None:
+async def test_a_stream_that_moved_is_told_with_its_counts(world: World, sync: Sync) -> None:
     alice, bob = await world.user("alice"), await world.user("bob")
     await world.channel("alice", "bob", id="c1")
-    await world.channel("bob", id="c2")
+    world.clock.advance(60)
+    since = world.clock.now_ms()
     first = await world.send(bob, "c1")
     await world.send(alice, "c1")
     last = await world.send(bob, "c1", mentions=["alice"])
-    [head] = await sync.heads_with_counts(alice, ["c1", "c2", "c3"])
+    [head] = (await sync.moved(alice, since, sync.mark(), 2)).heads
     assert (head.stream, head.head, head.read, head.unread, head.mentions) == ("c1", last.seq, first.seq + 1, 1, 1)
-    assert await sync.heads_with_counts(alice, []) == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_what_moved_is_the_same_whichever_way_it_is_looked_for(
+    world: World, sync: Sync, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Through the app's streams that moved, through the user's channels, and in another thread."""
+    rng = random.Random(seed)
+    alice, bob = await world.user("alice"), await world.user("bob")
+    names = [f"c{number}" for number in range(8)]
+    for name in names:
+        await world.channel("alice", "bob", id=name)
+    await world.channel("bob", id="foreign")
+    receipts = Receipts(world.store, world.access, world.bus, world.clock)
+    moments = []
+    for step in range(12):
+        world.clock.advance(1)
+        moments.append(world.clock.now_ms())
+        name = rng.choice(names)
+        match rng.randrange(5):
+            case 0:
+                await world.send(alice, name)
+            case 1:
+                await world.send(bob, name)
+            case 2:
+                await world.send(bob, "foreign")
+            case 3:
+                seq = (await world.send(bob, rng.choice(names))).seq
+                world.clock.advance(1)
+                await receipts.read(alice, name, min(seq, 2))
+            case _:
+                await world.channel("alice", id=f"new-{step}")
+    for since in moments:
+        found = []
+        for few, heads, streams in ((10_000, 10_000, 10), (0, 0, 10_000), (0, 0, 1), (10_000, 0, 10)):
+            monkeypatch.setattr(sync_module, "FEW_STREAMS", few)
+            monkeypatch.setattr(sync_module, "FEW_HEADS", heads)
+            moved = await sync.moved(alice, since, "0", streams)
+            found.append((moved.at, [head.stream for head in moved.heads], moved.own_head))
+        assert found[1:] == found[:1] * 3
+        heads, _, _ = await sync.heads(alice, f"{since:x}", None, 100)
+        assert [head.stream for head in heads] == found[0][1]
 
 
 @pytest.mark.parametrize("mark", ["f" * 17, "f" * 64, "-1", "8000000000000000", "zz", ""])
 async def test_marks_that_were_not_made_here_are_refused(world: World, sync: Sync, mark: str) -> None:
     alice = await world.user("alice")
     with pytest.raises(Refusal, match="mark"):
-        await sync.enter(alice, mark)
+        read_mark(mark)
     with pytest.raises(Refusal, match="mark"):
         await sync.heads(alice, mark, None, 10)
     with pytest.raises(Refusal, match="cursor"):

@@ -194,8 +194,8 @@ async def test_guests_see_people_and_tombstones(world: World) -> None:
 async def test_last_seen_is_shown_to_those_who_share_a_channel(world: World) -> None:
     alice, _, carol = await world.user("alice"), await world.user("bob"), await world.user("carol")
     await world.channel("alice", "bob")
-    await world.users.record_seen(world.app.app, "bob", 2_000_000)
-    await world.users.record_seen(world.app.app, "bob", 1_000_000)
+    await world.users.record_seen([(world.app.app, "bob", 2_000_000)])
+    await world.users.record_seen([(world.app.app, "bob", 1_000_000)])
     seen = (await world.users.get(alice, "bob")).last_seen_at
     assert seen is not None
     assert seen.timestamp() == 2_000
@@ -236,7 +236,7 @@ async def test_a_deleted_user_leaves_everywhere_and_keeps_their_name_taken(
     channels = [(await world.channel("alice", "bob")).id for _ in range(3)]
     direct, _ = await world.channels.create(bob, ChannelCreate(type="direct", members=["alice"]))
     await world.send(alice, channels[0], "kept")
-    await world.users.register_device(world.app, "alice", DeviceInfo("phone", name="A phone"))
+    await world.users.register_devices(world.app, [("alice", DeviceInfo("phone", name="A phone"))])
     world.notices.clear()
     await world.users.delete(world.backend, "alice")
     assert [(notice.user, notice.code) for notice in world.told(Revoked)] == [("alice", "user_unknown")]
@@ -350,7 +350,7 @@ async def test_devices_are_remembered_up_to_a_bound_and_forgotten_with_their_pos
     alice, bob = await world.user("alice"), await world.user("bob")
     for number in range(DEVICES_PER_USER_MAX + 1):
         world.clock.advance(1)
-        await world.users.register_device(world.app, "alice", DeviceInfo(f"d{number}", "ios", f"Phone {number}"))
+        await world.users.register_devices(world.app, [("alice", DeviceInfo(f"d{number}", "ios", f"Phone {number}"))])
         await world.execute(
             "INSERT INTO device_positions(app,user,device,sid,seq,at) VALUES (1,'alice',?,1,1,1)", f"d{number}"
         )
@@ -364,7 +364,7 @@ async def test_devices_are_remembered_up_to_a_bound_and_forgotten_with_their_pos
     assert await world.rows("SELECT 1 FROM device_positions WHERE device='d0'") == []
     # A device that comes again without a name keeps it.
     world.clock.advance(1)
-    await world.users.register_device(world.app, "alice", DeviceInfo("d1"))
+    await world.users.register_devices(world.app, [("alice", DeviceInfo("d1"))])
     first = (await world.users.devices(world.backend, "alice"))[0]
     assert (first.id, first.name, first.platform) == ("d1", "Phone 1", "ios")
     await world.users.remove_device(alice, "alice", "d1")

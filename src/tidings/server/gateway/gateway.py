@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, assert_never
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Final, assert_never
 
 import msgspec
 
@@ -20,7 +20,8 @@ from tidings.server.services.access import Actor
 from tidings.server.services.apps import AppContext
 from tidings.server.services.messages import Edit
 from tidings.server.services.receipts import RECEIPTS_MEMBERS_MAX
-from tidings.server.services.sync import OWN_STREAM, StreamHandle, check_position
+from tidings.server.services.sync import OWN_STREAM, StreamHandle, check_position, read_mark
+from tidings.server.services.users import SEEN_BATCH
 from tidings.server.tasks import Tasks
 from tidings.server.telemetry import Metrics, get_logger
 from tidings.wire import limits
@@ -65,7 +66,7 @@ from tidings.wire.ids import time_of
 from tidings.wire.resources import Head
 
 from .connection import Connection, draft_of
-from .hub import Hub
+from .hub import Hub, Subscriber
 from .presence import PresenceBoard
 from .session import SessionLimits, State
 
@@ -195,6 +196,7 @@ class Gateway:
             now = self.clock.monotonic()
             for connection in list(self.connections):
                 connection.tick(now)
+            self.hub.sweep()
 
     async def _recheck(self) -> None:
         while True:
@@ -210,6 +212,7 @@ class Gateway:
         self.access.forget_all()
         self.services.apps.forget_all()
         self.services.auth.forget_all()
+        self.hub.doubt()
         for connection in list(self.connections):
             connection.access_changed()
         sids = list(self.hub.streams)
@@ -317,11 +320,12 @@ class Gateway:
         token = command.token or connection.header_token
         if not token:
             raise Refusal("unauthenticated", "`connect` needs a token.", field="token")
+        since = None if command.since is None else read_mark(command.since)
         auth = self.services.auth
         device = command.device
-        granted = await auth.authenticate(
-            token, app_hint=command.app, on_behalf_of=None, device=device.id, session=connection.id
-        )
+        credentials = {"app_hint": command.app, "device": device.id, "session": connection.id}
+        forgotten = auth.forgotten
+        granted = await auth.authenticate(token, **credentials)
         actor = granted.actor
         if actor.user is None:
             raise Refusal(
@@ -334,21 +338,31 @@ class Gateway:
         self._devices[(actor.app.app, actor.user, device.id)] = (actor.app, device)
         connection.granted, connection.actor = granted, actor
         connection.app, connection.user, connection.device = actor.app.app, actor.user, device.id
-        # From here on the hub tells us what changes; what it sends waits until the snapshot is in place.
+        # From here on the hub tells us what changes; what it sends waits until the client knows where it stands.
         connection.entering = connection.paused = True
-        self.hub.enter(connection)
+        subscriber = self.hub.enter(connection)
+        mark = self.sync.mark()
+        moved = None
         try:
-            entry = await self.sync.enter(actor, command.since)
+            if not subscriber.known:
+                await self._load(subscriber, actor)
+            if since is not None and not connection.ended:
+                moved = await self.sync.moved(actor, since, mark, len(subscriber.streams))
+                if subscriber.own is not None and moved.own_head > subscriber.own.head and not connection.ended:
+                    # Whoever joins or leaves is told on their own stream: there is something that we have not heard.
+                    subscriber.known = False
+                    await self._load(subscriber, actor)
         except BaseException:
             self.hub.exit(connection)
             connection.user = ""
             raise
         if connection.ended:
             return
-        # What was revoked before the hub knew us was not told to us: ask again, now that nothing can be missed.
-        credentials = {"app_hint": command.app, "device": device.id, "session": connection.id}
-        granted = auth.authenticate_now(token, **credentials) or await auth.authenticate(token, **credentials)
-        actor = granted.actor
+        # What was revoked before the hub knew us was not told to us: if anybody's credentials have changed since we
+        # looked, ask again, now that nothing can be missed.
+        if auth.forgotten != forgotten:
+            granted = auth.authenticate_now(token, **credentials) or await auth.authenticate(token, **credentials)
+            actor = granted.actor
         if connection.ended or actor.user is None:
             return
         connection.granted, connection.actor = granted, actor
@@ -363,38 +377,21 @@ class Gateway:
         self._seen_devices[key] = connection
         if older is not None and older is not connection:
             older.close(Refusal("replaced", "This device has connected again."))
-        moved = {head.stream: head for head in entry.moved}
-        # What moved between the snapshot and the subscription; held meanwhile, so that its counts can be read.
-        late: list[str] = []
-        sids: dict[str, int] = {}
-        for membership in entry.memberships:
-            sid, name = membership.sid, membership.name
-            if sid in connection.left_while_entering:
-                continue
-            sids[name] = sid
-            stream = connection.streams.get(sid) or self.hub.join(
-                connection, sid, name, membership.epoch, membership.head
-            )
-            if command.since is not None:
-                if sid not in entry.moved_sids and stream.head > membership.head:
-                    moved[name] = Head(stream=name, epoch=stream.epoch, head=stream.head)
-                    late.append(name)
-                if name in moved or sid in entry.moved_sids:
-                    connection.behind[sid] = None
-        self.hub.settled(connection)
-        if late:
-            moved.update({head.stream: head for head in await self.sync.heads_with_counts(actor, late)})
-            if connection.ended:
-                return
+        heads: list[Head] = []
+        if moved is not None:
+            # Held until the client says what it has of them. What moves after this snapshot comes by itself: of those
+            # streams the client has what was before.
+            heads = [head for head in moved.heads if head.stream not in command.positions]
+            self.hub.hold(connection, moved.at)
         refused: dict[str, StreamRefused] = {}
         for name in command.positions:
-            if name in sids:
-                connection.behind[sids[name]] = None
+            stream = self.hub.listening(connection, name)
+            if stream is not None:
+                connection.behind[stream.sid] = None
             else:
                 refused[name] = StreamRefused("not_found", "There is no such stream, or you may not see it.")
-        heads = [head for head in moved.values() if head.stream not in command.positions]
         connection.guarded = actor.app.blind_roles
-        connection.last_mark = entry.mark
+        connection.last_mark = mark
         connection.entering = False
         connection.paused = connection.transport_paused or connection.withheld
         connection.send(
@@ -405,7 +402,7 @@ class Gateway:
                     user=actor.user,
                     device=device.id,
                     server_time=time_of(self.clock.now_ms()),
-                    mark=entry.mark,
+                    mark=mark,
                     heartbeat_seconds=max(1, int(self.config.heartbeat_seconds)),
                     expires_at=None if granted.expires_at_ms is None else time_of(granted.expires_at_ms),
                     limits=Limits(
@@ -418,7 +415,7 @@ class Gateway:
                     ),
                     moved=heads,
                     # The client takes the rest with `heads`, from the same mark.
-                    more=entry.more,
+                    more=None if moved is None else moved.more,
                 )
             )
         )
@@ -431,12 +428,21 @@ class Gateway:
         if command.positions:
             refused.update(
                 await self._resume(
-                    connection, actor, {name: at for name, at in command.positions.items() if name in sids}
+                    connection, actor, {name: at for name, at in command.positions.items() if name not in refused}
                 )
             )
             if refused:
                 connection.send(encode(Syncing(streams=[], refused=refused)))
         connection.fell_behind()
+
+    async def _load(self, subscriber: Subscriber, actor: Actor) -> None:
+        """Read what a user may listen to; peers of theirs that come meanwhile do the same, and the first one counts."""
+        began = self.hub.load(subscriber)
+        memberships = None
+        try:
+            memberships = await self.sync.memberships(actor)
+        finally:
+            self.hub.loaded(subscriber, memberships, began)
 
     def _expiry(self, expires_at_ms: int | None) -> float | None:
         if expires_at_ms is None:
@@ -461,10 +467,17 @@ class Gateway:
                 refused[name] = StreamRefused("not_found", "There is no such stream, or you may not see it.")
                 continue
             problem = check_position(handle, stream.head, position)
+            if problem is not None and problem.code == "position_ahead":
+                # The client may have heard on another node what has not come through here.
+                self.hub.recheck(await self.sync.heads_of([handle.sid]))
+                problem = check_position(handle, stream.head, position)
+                if connection.streams.get(handle.sid) is not stream:
+                    problem = Refusal("not_found", "There is no such stream, or you may not see it.")
             if problem is not None:
                 refused[name] = StreamRefused(problem.code, problem.detail, handle.epoch, stream.head)
                 continue
             connection.behind[handle.sid] = position.seq
+            self.hub.undeafen(connection, handle.sid)
         return refused
 
     async def catch_up(self, connection: Connection) -> None:
@@ -497,7 +510,7 @@ class Gateway:
                     page = await self.sync.read(handle, position, size)
             except (NotFound, Forbidden):
                 # They may not read it any more: they do not listen to it either.
-                self.hub.leave(connection, sid)
+                self.hub.deafen(connection, sid)
                 continue
             except StoreUnavailable:
                 await asyncio.sleep(CATCH_UP_RETRY_SECONDS)
@@ -763,10 +776,20 @@ class Gateway:
         seen = self.presence.take_seen()
         devices, self._devices = self._devices, {}
         users = self.services.users
-        for start in (
-            [users.register_device(app, user, device) for (_, user, _), (app, device) in devices.items()],
-            [users.record_seen(app, user, at) for (app, user), at in seen.items()],
-        ):
-            for result in await asyncio.gather(*start, return_exceptions=True):
-                if isinstance(result, BaseException):
-                    log.warning("seen_not_written", error=type(result).__name__)
+        by_app: dict[int, tuple[AppContext, list[tuple[str, DeviceInfo]]]] = {}
+        for (number, user, _), (app, device) in devices.items():
+            by_app.setdefault(number, (app, []))[1].append((user, device))
+        # One after the other: a reconnect storm must not fill the writer's queue with them.
+        for app, connected in by_app.values():
+            for start in range(0, len(connected), SEEN_BATCH):
+                await _tried(users.register_devices(app, connected[start : start + SEEN_BATCH]))
+        last = [(number, user, at) for (number, user), at in seen.items()]
+        for start in range(0, len(last), SEEN_BATCH):
+            await _tried(users.record_seen(last[start : start + SEEN_BATCH]))
+
+
+async def _tried(writing: Coroutine[Any, Any, None]) -> None:
+    try:
+        await writing
+    except Exception as error:
+        log.warning("seen_not_written", error=type(error).__name__)

@@ -4,13 +4,16 @@ An event is framed once and the same bytes object goes to every peer. A peer is 
 then it gets nothing from here and reads the log (`gateway.catchup`) until it has caught up with `Stream.head`, and is
 live again in the same breath: between the comparison and the switch nothing is awaited, so nothing falls in between
 and nothing comes twice. Slow peers are put behind too, so a peer costs bounded memory: one number per stream.
+
+What a user may listen to is kept once, in a `Subscriber` that all of their peers share, and for a while after the last
+of them has gone: coming and going costs the same whatever the number of channels.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from typing import Final
+from typing import Final, TypeAlias
 
 from tidings.server.bus.base import AccessChanged, Joined, Left, Notice, Published, Revoked, Signal
 from tidings.server.telemetry import get_logger
@@ -22,6 +25,18 @@ log = get_logger(__name__)
 RECENT_SECONDS: Final = 5.0
 # The public name of every user's own stream.
 OWN: Final = "@me"
+# How long after its commit an event is announced at the latest, seconds, if it is: then the log is read instead.
+ANNOUNCED_SECONDS: Final = 1.0
+# How long a user's streams are kept after their last peer has gone, seconds: a tunnel, a lift, a laptop carried to the
+# next meeting, a server before this one that was restarted.
+KEPT_SECONDS: Final = 600.0
+# Streams kept for users without a peer, counted for each of them: 300 to 900 bytes each, 90 MB if nobody shares any.
+KEPT_STREAMS_MAX: Final = 100_000
+
+# A user: the app's number and the user's id.
+Key: TypeAlias = tuple[int, str]
+# A stream that a user may listen to, as a snapshot saw it: sid, name, epoch, head.
+Membership: TypeAlias = tuple[int, str, str, int]
 
 
 def frame(payload: bytes) -> bytes:
@@ -34,6 +49,27 @@ def frame(payload: bytes) -> bytes:
     return b"\x81\x7f" + size.to_bytes(8, "big") + payload
 
 
+class Subscriber:
+    """A user as the hub sees them: what they may listen to, and the peers that do."""
+
+    __slots__ = ("app", "idle_since", "known", "loading", "own", "peers", "streams", "told", "user")
+
+    def __init__(self, app: int, user: str) -> None:
+        self.app = app
+        self.user = user
+        self.peers: list[Peer] = []
+        self.streams: dict[int, Stream] = {}
+        self.own: Stream | None = None
+        # Whether `streams` are all of theirs: read once, and kept by notices from then on.
+        self.known = False
+        # How many of the peers are reading the memberships, and the streams that notices told of meanwhile: of those
+        # they know better than what was read.
+        self.loading = 0
+        self.told: set[int] | None = None
+        # When the last peer has gone, seconds of the loop's clock.
+        self.idle_since = 0.0
+
+
 class Peer:
     """One connection as the hub sees it. Subclasses write bytes somewhere."""
 
@@ -41,14 +77,13 @@ class Peer:
         "__weakref__",
         "app",
         "behind",
+        "deaf",
         "device",
         "guarded",
         "id",
-        "left_while_entering",
         "out",
-        "own",
         "paused",
-        "streams",
+        "subscriber",
         "user",
     )
 
@@ -66,12 +101,17 @@ class Peer:
         self.paused = False
         # Streams this peer is not live on -> how far it has been sent; None until the client says what it has.
         self.behind: dict[int, int | None] = {}
-        self.streams: dict[int, Stream] = {}
-        self.own: Stream | None = None
+        # While the hub knows the peer.
+        self.subscriber: Subscriber | None = None
+        # Streams of its user that this peer may not read: being a member is not always enough.
+        self.deaf: set[int] | None = None
         # Whether being a member is not enough to hear a channel: then it is read from the log first, which asks.
         self.guarded = False
-        # Streams that stopped being theirs while their memberships were being read.
-        self.left_while_entering: set[int] = set()
+
+    @property
+    def streams(self) -> dict[int, Stream]:
+        """What its user may listen to."""
+        return {} if self.subscriber is None else self.subscriber.streams
 
     def write(self, data: bytes) -> None:
         """Hand frames to the transport. Must not raise and must not block."""
@@ -101,7 +141,7 @@ class Peer:
 class Stream:
     """A stream that someone on this node listens to. `head` is the last seq that went through here."""
 
-    __slots__ = ("app", "epoch", "head", "name", "peers", "sid")
+    __slots__ = ("app", "epoch", "head", "name", "peers", "sid", "subscribers", "turn")
 
     def __init__(self, sid: int, app: int, name: str, epoch: str, head: int) -> None:
         self.sid = sid
@@ -109,7 +149,10 @@ class Stream:
         self.name = name
         self.epoch = epoch
         self.head = head
-        self.peers: set[Peer] = set()
+        self.subscribers: set[Subscriber] = set()
+        # The peers of the subscribers, as they were in this turn of the hub: see `Hub.peers`.
+        self.peers: list[Peer] = []
+        self.turn = -1
 
 
 class Hub:
@@ -121,9 +164,15 @@ class Hub:
         self.streams: dict[int, Stream] = {}
         # Channels' streams by their public name; own streams (`@me`) are not here.
         self.named: dict[tuple[int, str], Stream] = {}
-        self.users: dict[tuple[int, str], set[Peer]] = {}
-        # Peers between `enter` and the end of their snapshot.
-        self.entering: set[Peer] = set()
+        self.users: dict[Key, Subscriber] = {}
+        # Those of them that have no peer, the one that had none for longest first, and how many streams those have.
+        self._idle: dict[Subscriber, None] = {}
+        self._kept = 0
+        # Those whose memberships are being read.
+        self._loading: set[Subscriber] = set()
+        self._doubts = 0
+        # Grows with every peer that comes or goes.
+        self._turn = 0
         self._dirty: list[Peer] = []
         # Seqs published lately, in two generations.
         self._recent: dict[int, int] = {}
@@ -138,62 +187,195 @@ class Hub:
         """The highest seq published on the stream in the last seconds, 0 if none was."""
         return self._recent.get(sid) or self._recent_before.get(sid, 0)
 
-    def join(self, peer: Peer, sid: int, name: str, epoch: str, head: int) -> Stream:
+    def peers(self, stream: Stream) -> list[Peer]:
+        """Who hears the stream. Gathered when somebody has come or gone since the last time, so that an event goes
+        through a plain list and a peer comes without a visit to each of its streams."""
+        if stream.turn != self._turn:
+            sid = stream.sid
+            stream.peers = [
+                peer
+                for subscriber in stream.subscribers
+                for peer in subscriber.peers
+                if peer.deaf is None or sid not in peer.deaf
+            ]
+            stream.turn = self._turn
+        return stream.peers
+
+    def peers_of(self, app: int, user: str) -> list[Peer]:
+        """The peers of a user."""
+        subscriber = self.users.get((app, user))
+        return [] if subscriber is None else subscriber.peers
+
+    def join(self, subscriber: Subscriber, sid: int, name: str, epoch: str, head: int) -> Stream:
         """Listen to a stream that stood at `head` in a snapshot taken at most `RECENT_SECONDS` ago."""
         stream = self.streams.get(sid)
         if stream is None:
-            stream = Stream(sid, peer.app, name, epoch, max(head, self.recent_head(sid)))
+            stream = Stream(sid, subscriber.app, name, epoch, max(head, self.recent_head(sid)))
             self.streams[sid] = stream
             if name != OWN:
                 self.named[(stream.app, name)] = stream
         elif head > stream.head:
             # The snapshot knows more than came through here: whoever listens already must read it from the log.
             self._put_behind(stream, head)
-        stream.peers.add(peer)
-        peer.streams[sid] = stream
+        stream.subscribers.add(subscriber)
+        stream.turn = -1
+        if sid not in subscriber.streams:
+            subscriber.streams[sid] = stream
+            if not subscriber.peers:
+                self._kept += 1
         if name == OWN:
-            peer.own = stream
+            subscriber.own = stream
         return stream
 
     def listening(self, peer: Peer, name: str) -> Stream | None:
         """The stream of this name if the peer listens to it."""
-        stream = peer.own if name == OWN else self.named.get((peer.app, name))
-        return stream if stream is not None and peer in stream.peers else None
+        subscriber = peer.subscriber
+        if subscriber is None:
+            return None
+        stream = subscriber.own if name == OWN else self.named.get((peer.app, name))
+        if stream is None or stream.sid not in subscriber.streams:
+            return None
+        return None if peer.deaf is not None and stream.sid in peer.deaf else stream
 
-    def leave(self, peer: Peer, sid: int) -> None:
-        """Stop listening to a stream."""
-        stream = peer.streams.pop(sid, None)
-        peer.behind.pop(sid, None)
+    def leave(self, subscriber: Subscriber, sid: int) -> None:
+        """The user may not listen to a stream any more."""
+        stream = subscriber.streams.pop(sid, None)
         if stream is None:
             return
-        stream.peers.discard(peer)
-        if not stream.peers:
-            self.streams.pop(sid, None)
+        if not subscriber.peers:
+            self._kept -= 1
+        self._unlisten(subscriber, stream)
+        for peer in list(subscriber.peers):
+            peer.behind.pop(sid, None)
+            if peer.deaf is not None:
+                peer.deaf.discard(sid)
+            peer.unsubscribed(stream)
+
+    def _unlisten(self, subscriber: Subscriber, stream: Stream) -> None:
+        stream.subscribers.discard(subscriber)
+        stream.turn = -1
+        if not stream.subscribers:
+            self.streams.pop(stream.sid, None)
             self.named.pop((stream.app, stream.name), None)
-            self._remember(sid, stream.head)
+            self._remember(stream.sid, stream.head)
 
-    def enter(self, peer: Peer) -> None:
-        """Register a peer under its user, before its memberships are read: `settled` says that they are in place."""
-        self.entering.add(peer)
-        self.users.setdefault((peer.app, peer.user), set()).add(peer)
+    def deafen(self, peer: Peer, sid: int) -> None:
+        """Send this peer nothing of a stream any more, whoever else of its user may hear it."""
+        peer.behind.pop(sid, None)
+        stream = peer.streams.get(sid)
+        if stream is not None:
+            if peer.deaf is None:
+                peer.deaf = set()
+            peer.deaf.add(sid)
+            stream.turn = -1
 
-    def settled(self, peer: Peer) -> None:
-        """The peer's memberships are in place."""
-        self.entering.discard(peer)
-        peer.left_while_entering.clear()
+    def undeafen(self, peer: Peer, sid: int) -> None:
+        """The peer may read the stream again."""
+        if peer.deaf is not None and sid in peer.deaf:
+            peer.deaf.discard(sid)
+            stream = peer.streams.get(sid)
+            if stream is not None:
+                stream.turn = -1
+
+    def enter(self, peer: Peer) -> Subscriber:
+        """Register a peer under its user: it hears what the user listens to. Unless that is `known`, read the
+        memberships between `load` and `loaded`."""
+        key = (peer.app, peer.user)
+        subscriber = self.users.get(key)
+        if subscriber is None:
+            subscriber = self.users[key] = Subscriber(*key)
+        elif not subscriber.peers:
+            del self._idle[subscriber]
+            self._kept -= len(subscriber.streams)
+        subscriber.peers.append(peer)
+        peer.subscriber = subscriber
+        self._turn += 1
+        return subscriber
+
+    def load(self, subscriber: Subscriber) -> int:
+        """The user's memberships are being read from now on; what to give to `loaded`."""
+        if not subscriber.loading:
+            subscriber.told = set()
+            self._loading.add(subscriber)
+        subscriber.loading += 1
+        return self._doubts
+
+    def loaded(self, subscriber: Subscriber, memberships: Iterable[Membership] | None, began: int) -> None:
+        """A snapshot since `load` had these memberships; None: it could not be read.
+
+        What notices have told meanwhile stays as they told it.
+        """
+        if memberships is not None and not subscriber.known and subscriber.peers:
+            told, streams = subscriber.told or (), subscriber.streams
+            found = set()
+            for sid, name, epoch, head in memberships:
+                found.add(sid)
+                if sid not in told:
+                    self.join(subscriber, sid, name, epoch, head)
+            for sid in [sid for sid in streams if sid not in found and sid not in told]:
+                self.leave(subscriber, sid)
+            subscriber.known = began == self._doubts
+        subscriber.loading -= 1
+        if not subscriber.loading:
+            subscriber.told = None
+            self._loading.discard(subscriber)
 
     def exit(self, peer: Peer) -> None:
-        """Forget a peer: it gets nothing more."""
-        self.entering.discard(peer)
-        for sid in list(peer.streams):
-            self.leave(peer, sid)
-        key = (peer.app, peer.user)
-        peers = self.users.get(key)
-        if peers is not None:
-            peers.discard(peer)
-            if not peers:
-                del self.users[key]
+        """Forget a peer: it gets nothing more. What its user listens to is kept for a while."""
+        subscriber, peer.subscriber = peer.subscriber, None
         peer.out.clear()
+        peer.behind.clear()
+        if subscriber is None:
+            return
+        subscriber.peers.remove(peer)
+        self._turn += 1
+        if subscriber.peers:
+            return
+        subscriber.idle_since = self._loop.time()
+        self._idle[subscriber] = None
+        self._kept += len(subscriber.streams)
+        if not subscriber.known:
+            self._drop(subscriber)
+        self.sweep()
+
+    def hold(self, peer: Peer, heads: dict[int, int]) -> None:
+        """Send nothing of streams that stand at these heads in a snapshot until the client says what it has."""
+        unheard = {}
+        for sid, head in heads.items():
+            stream = peer.streams.get(sid)
+            if stream is None:
+                continue  # Left meanwhile, or joined and not announced yet.
+            if head > stream.head:
+                unheard[sid] = head
+            peer.behind[sid] = None
+        if unheard:
+            # Mostly the announcement is under way; to send everybody to the log at once for that would be a storm.
+            self._loop.call_later(ANNOUNCED_SECONDS, self.recheck, unheard)
+
+    def sweep(self) -> None:
+        """Forget users who have had no peer for too long, or are too many."""
+        due = self._loop.time() - KEPT_SECONDS
+        while self._idle:
+            oldest = next(iter(self._idle))
+            if oldest.idle_since > due and self._kept <= KEPT_STREAMS_MAX:
+                return
+            self._drop(oldest)
+
+    def doubt(self) -> None:
+        """Somebody may have joined or left without a word: nobody's memberships are known any more."""
+        self._doubts += 1
+        for subscriber in list(self._idle):
+            self._drop(subscriber)
+        for subscriber in self.users.values():
+            subscriber.known = False
+
+    def _drop(self, subscriber: Subscriber) -> None:
+        del self._idle[subscriber]
+        del self.users[(subscriber.app, subscriber.user)]
+        self._kept -= len(subscriber.streams)
+        for stream in subscriber.streams.values():
+            self._unlisten(subscriber, stream)
+        subscriber.streams.clear()
 
     # ------------------------------------------------------------ writing
 
@@ -242,32 +424,43 @@ class Hub:
         elif kind is Signal:
             self._signal(notice)  # type: ignore[arg-type]
         elif isinstance(notice, Joined):
-            for peer in list(self.users.get((notice.app, notice.user), ())):
-                if notice.sid not in peer.streams:
-                    stream = self.join(peer, notice.sid, notice.channel, notice.epoch, notice.head)
-                    if stream.head > notice.head or peer.guarded:
-                        peer.behind[notice.sid] = notice.head
-                        peer.fell_behind()
-                    peer.subscribed(stream)
+            self._joined(notice)
         elif isinstance(notice, Left):
-            if notice.user is None:
-                stream_left = self.streams.get(notice.sid)
-                peers: Iterable[Peer] = [*(stream_left.peers if stream_left is not None else ()), *self.entering]
-            else:
-                peers = list(self.users.get((notice.app, notice.user), ()))
-            for peer in peers:
-                # Whoever is just entering has an older snapshot, in which the stream is still theirs.
-                if peer in self.entering:
-                    peer.left_while_entering.add(notice.sid)
-                left = peer.streams.get(notice.sid)
-                if left is not None:
-                    self.leave(peer, notice.sid)
-                    peer.unsubscribed(left)
+            self._left(notice)
         elif isinstance(notice, Revoked):
-            for peer in list(self.users.get((notice.app, notice.user), ())):
+            for peer in list(self.peers_of(notice.app, notice.user)):
                 peer.revoked(notice)
         elif isinstance(notice, AccessChanged):
             self._access_changed(notice)
+
+    def _joined(self, notice: Joined) -> None:
+        sid = notice.sid
+        subscriber = self.users.get((notice.app, notice.user))
+        if subscriber is None:
+            return
+        if subscriber.told is not None:
+            subscriber.told.add(sid)
+        if sid in subscriber.streams:
+            return
+        stream = self.join(subscriber, sid, notice.channel, notice.epoch, notice.head)
+        for peer in subscriber.peers:
+            if stream.head > notice.head or peer.guarded:
+                peer.behind[sid] = notice.head
+                peer.fell_behind()
+            peer.subscribed(stream)
+
+    def _left(self, notice: Left) -> None:
+        sid = notice.sid
+        if notice.user is None:
+            stream = self.streams.get(sid)
+            subscribers = [*(stream.subscribers if stream is not None else ()), *self._loading]
+        else:
+            one = self.users.get((notice.app, notice.user))
+            subscribers = [] if one is None else [one]
+        for subscriber in subscribers:
+            if subscriber.told is not None:
+                subscriber.told.add(sid)
+            self.leave(subscriber, sid)
 
     def _published(self, notice: Published) -> None:
         sid, seq = notice.sid, notice.seq
@@ -280,7 +473,7 @@ class Hub:
                 self._put_behind(stream, seq)
             return
         stream.head = seq
-        peers = stream.peers
+        peers = stream.peers if stream.turn == self._turn else self.peers(stream)
         entry = (notice.payload, frame(notice.payload))
         dirty = self._dirty
         if not dirty and peers:
@@ -304,7 +497,7 @@ class Hub:
         """Something before `head` did not come through here: everyone live reads on from where they were."""
         last = stream.head
         stream.head = head
-        for peer in stream.peers:
+        for peer in self.peers(stream):
             if stream.sid not in peer.behind:
                 peer.behind[stream.sid] = last
                 peer.fell_behind()
@@ -321,9 +514,9 @@ class Hub:
             stream = self.streams.get(notice.sid)
             if stream is None:
                 return
-            peers: Iterable[Peer] = stream.peers
+            peers = self.peers(stream)
         else:
-            peers = self.users.get((notice.app, notice.user or ""), ())
+            peers = self.peers_of(notice.app, notice.user or "")
         entry = (notice.payload, frame(notice.payload))
         dirty = self._dirty
         for peer in peers:
@@ -340,7 +533,12 @@ class Hub:
         """Send nothing more on these streams until the log was asked whether the peer may read them."""
         for sid in sids:
             stream = peer.streams.get(sid)
-            if stream is not None and stream.name != OWN and sid not in peer.behind:
+            if (
+                stream is not None
+                and stream.name != OWN
+                and sid not in peer.behind
+                and (peer.deaf is None or sid not in peer.deaf)
+            ):
                 peer.behind[sid] = stream.head
         peer.fell_behind()
 
@@ -348,16 +546,16 @@ class Hub:
         if notice.sid is not None:
             stream = self.streams.get(notice.sid)
             if stream is not None:
-                for peer in list(stream.peers):
+                for peer in list(self.peers(stream)):
                     if peer.guarded:
                         self.guard(peer, (notice.sid,))
         if notice.user is not None:
-            for peer in list(self.users.get((notice.app, notice.user), ())):
+            for peer in list(self.peers_of(notice.app, notice.user)):
                 peer.access_changed()
         elif notice.sid is None:
-            for (app, _), peers in list(self.users.items()):
+            for (app, _), subscriber in list(self.users.items()):
                 if app == notice.app:
-                    for peer in list(peers):
+                    for peer in list(subscriber.peers):
                         peer.access_changed()
 
     def _remember(self, sid: int, seq: int) -> None:

@@ -66,7 +66,7 @@ class PresenceBoard:
             self._left(key)
 
     def _visible(self, key: Key) -> bool:
-        return any(isinstance(peer, Connection) and peer.visible for peer in self._hub.users.get(key, ()))
+        return any(isinstance(peer, Connection) and peer.visible for peer in self._hub.peers_of(*key))
 
     def _left(self, key: Key) -> None:
         self._leaving.pop(key, None)

@@ -60,8 +60,8 @@ async def heads(call: Call[SyncQuery, None]) -> SyncPage:
 
     if query.wait == 0 or not since or query.cursor is not None:
         return await read()
-    entry = await sync.enter(call.actor, None)
-    return await poll(call, [one.sid for one in entry.memberships], query.wait, read, has_news)
+    sids = [sid for sid, _, _, _ in await sync.memberships(call.actor)]
+    return await poll(call, sids, query.wait, read, has_news)
 
 
 class EventsQuery(Query, frozen=True, kw_only=True):

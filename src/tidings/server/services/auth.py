@@ -38,7 +38,7 @@ from .apps import AppContext, Apps
 from .audit import Action, line_id, line_of
 from .change import Change, Changes
 from .signing import AppKeys, JwksSource, KeyStatus, SigningKey
-from .tokens import Pending, TokenRefused, TokenVerifier, Verified, unverified_app
+from .tokens import Pending, TokenRefused, TokenVerifier, Verified
 from .tokens import mint as sign
 
 P = Permission
@@ -148,7 +148,7 @@ class Auth:
         """As `authenticate`, from memory alone; None when that takes a read or a fetch."""
         if credential.startswith(PREFIX):
             return self._api_key_now(credential, app_hint, on_behalf_of, device, session)
-        app_id = _app_of(credential, app_hint)
+        app_id = self._app_of(credential, app_hint)
         app = self._apps.cached(app_id)
         if app is None:
             return None
@@ -185,7 +185,7 @@ class Auth:
             app = await self._apps.get(key.app_id)
             state = None if on_behalf_of is None else await self._state(app, on_behalf_of)
             return self._api_key_actor(key, app, app_hint, on_behalf_of, state, device, session)
-        app_id = _app_of(credential, app_hint)
+        app_id = self._app_of(credential, app_hint)
         try:
             app = await self._apps.get(app_id)
         except NotFound:
@@ -485,7 +485,7 @@ class Auth:
             return row, mark
 
         forgotten = self._forgotten
-        row, mark = await self._store.read(unit)
+        row, mark = await self._store.glance(unit)
         state = None
         if row is not None:
             state = _UserState(str(row[0]), row[1] is not None, row[2] is not None, int(row[3]))
@@ -531,6 +531,20 @@ class Auth:
 
     # ------------------------------------------------------------ verifying keys
 
+    def _app_of(self, token: str, app_hint: str | None) -> str:
+        """The app whose keys decide. A hint is enough: the verifier refuses a token whose claim names another app."""
+        if app_hint is not None:
+            return app_hint
+        try:
+            app_id = self._verifier.app_of(token)
+        except TokenRefused as error:
+            raise Refusal(error.code, _sentence(error.detail)) from None
+        if app_id is None:
+            raise Refusal(
+                "token_claims", "The token does not say which app it is for: add the claim app, or name the app."
+            )
+        return app_id
+
     def _keys_of(self, app: AppContext) -> AppKeys:
         known = self._app_keys.get(app.app)
         if known is not None and known[0] is app:
@@ -570,19 +584,6 @@ def revoked_name(user_id: str, jti: str) -> str:
     """What a revoked token is stored under. With its user, so that nobody can revoke a token of somebody else by
     guessing its `jti`; a slash cannot occur in a user id."""
     return f"{user_id}/{jti}"
-
-
-def _app_of(token: str, app_hint: str | None) -> str:
-    """The app whose keys decide. A hint is enough: the verifier refuses a token whose claim names another app."""
-    if app_hint is not None:
-        return app_hint
-    try:
-        app_id = unverified_app(token)
-    except TokenRefused as error:
-        raise Refusal(error.code, _sentence(error.detail)) from None
-    if app_id is None:
-        raise Refusal("token_claims", "The token does not say which app it is for: add the claim app, or name the app.")
-    return app_id
 
 
 def _user_actor(

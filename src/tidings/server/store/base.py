@@ -1,10 +1,10 @@
 """The store's port: streams that are appended to, and units of reads and writes that commit whole.
 
-Three doors, from hot to broad:
+Doors, from hot to broad:
 
 * `append` takes one message and shares its transaction and its fsync with everyone else's (group commit);
 * `run` runs a unit, an `async def unit(tx)`, atomically: all of it commits, with the events it appended, or nothing;
-* `read` runs a unit on a consistent snapshot, with nothing to commit.
+* `read` runs a unit on a consistent snapshot, with nothing to commit; `glance` does so for a few rows.
 
 A unit awaits only the methods of its `tx` and touches no shared state: an embedded adapter runs it in its writer
 thread, a networked one on a connection. It may be run again after a serialisation failure, so it must not have
@@ -113,6 +113,11 @@ class Store(Protocol):
 
     async def read(self, unit: Unit[T]) -> T:
         """Run a unit that only reads, on a snapshot that holds every write acknowledged before the call."""
+        ...
+
+    async def glance(self, unit: Unit[T]) -> T:
+        """As `read`, for a handful of rows that are found by their keys: an embedded adapter reads them at once, which
+        costs less than handing over to another thread and holds up the event loop for as long."""
         ...
 
     async def changed_elsewhere(self) -> bool:

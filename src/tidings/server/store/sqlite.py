@@ -79,6 +79,17 @@ def _drive(unit: Unit[T], tx: SqliteTx) -> T:
     raise RuntimeError("a unit of the store awaited something other than its transaction")
 
 
+def _read_from(connection: sqlite3.Connection, unit: Unit[T]) -> T:
+    try:
+        connection.execute("BEGIN")
+        try:
+            return _drive(unit, SqliteTx(connection))
+        finally:
+            connection.execute("ROLLBACK")
+    except sqlite3.OperationalError as error:
+        raise StoreUnavailable(str(error)) from error
+
+
 class _Work:
     """A unit in the writer's queue."""
 
@@ -122,6 +133,8 @@ class SqliteStore:
         self._seen_version = -1
         self._local = threading.local()
         self._reader_connections: list[sqlite3.Connection] = []
+        # The event loop's own.
+        self._glances: sqlite3.Connection | None = None
         self._readers = ThreadPoolExecutor(readers, "store-reader", initializer=self._open_reader)
         self._writer = threading.Thread(target=self._write_for_ever, name="store-writer", daemon=True)
         self._writer.start()
@@ -145,6 +158,13 @@ class SqliteStore:
         if self._closed:
             raise StoreUnavailable("it is closing")
         return await self._loop.run_in_executor(self._readers, self._read, unit)
+
+    async def glance(self, unit: Unit[T]) -> T:
+        if self._closed:
+            raise StoreUnavailable("it is closing")
+        if self._glances is None:
+            self._glances = self._connect_reader()
+        return _read_from(self._glances, unit)
 
     async def changed_elsewhere(self) -> bool:
         if self._closed:
@@ -170,20 +190,15 @@ class SqliteStore:
     # ------------------------------------------------------------ readers
 
     def _open_reader(self) -> None:
+        self._local.connection = self._connect_reader()
+
+    def _connect_reader(self) -> sqlite3.Connection:
         connection = connect(self.path, synchronous=self._synchronous, read_only=True)
-        self._local.connection = connection
         self._reader_connections.append(connection)
+        return connection
 
     def _read(self, unit: Unit[T]) -> T:
-        connection: sqlite3.Connection = self._local.connection
-        try:
-            connection.execute("BEGIN")
-            try:
-                return _drive(unit, SqliteTx(connection))
-            finally:
-                connection.execute("ROLLBACK")
-        except sqlite3.OperationalError as error:
-            raise StoreUnavailable(str(error)) from error
+        return _read_from(self._local.connection, unit)
 
     # ------------------------------------------------------------ the writer thread
 
@@ -340,6 +355,7 @@ def connect(path: Path, *, synchronous: str = "full", read_only: bool = False) -
 STATISTICS: Final = (
     ("members", "members", "1000000 100000 20 1"),
     ("members", "members_user", "1000000 100000 20 1"),
+    ("members", "members_moved", "1000000 100000 20 2"),
     ("messages", "messages", "10000000 1000000 1000 1"),
     ("mentions", "mentions", "100000 10000 100 10 1"),
 )
@@ -430,9 +446,9 @@ _STREAMS = (
     " FROM v WHERE streams.sid=v.sid",
 )
 _SENDERS = (
-    "WITH v(app,sid,user,seq,counted,at) AS (VALUES ",
-    ") UPDATE members SET delivered=v.seq, read=v.seq, read_counted=v.counted, marked_from=NULL,"
-    " moved_at=CASE WHEN members.moved_at<v.at THEN v.at ELSE members.moved_at END"
+    "WITH v(app,sid,user,seq,counted) AS (VALUES ",
+    # Not `moved_at`: the stream has moved by the same message, and an index hangs on it.
+    ") UPDATE members SET delivered=v.seq, read=v.seq, read_counted=v.counted, marked_from=NULL"
     " FROM v WHERE members.app=v.app AND members.sid=v.sid AND members.user=v.user",
 )
 
@@ -457,7 +473,7 @@ def append_batch(connection: sqlite3.Connection, items: list[Append]) -> list[tu
     outbox: list[tuple[Any, ...]] = []
     mentions: list[tuple[Any, ...]] = []
     moved: dict[int, int] = {}
-    senders: dict[tuple[int, int, str], tuple[int, int, int]] = {}
+    senders: dict[tuple[int, int, str], tuple[int, int]] = {}
     for item in items:
         sid = item.sid
         head = heads.get(sid)
@@ -510,7 +526,7 @@ def append_batch(connection: sqlite3.Connection, items: list[Append]) -> list[tu
             mentions.append((app, sid, EVERYONE, seq))
         moved[sid] = at
         if by is not None:
-            senders[(app, sid, by)] = (seq, counted, at)
+            senders[(app, sid, by)] = (seq, counted)
         known[key] = (message_id, seq, at, item.digest)
         outcomes.append((item, Appended(message_id, seq, at)))
     if messages:

@@ -263,10 +263,12 @@ members = Table(
     _int("hidden", default="0"),
     _int("archived", default="0"),
     _int("muted_until", null=True),
-    # When the caller's own side last changed (joined, read, settings), for other devices' catch-up.
+    # When the caller's own side last changed (joined, read, settings), for other devices' catch-up. Sending changes it
+    # too, and moves the stream: that is told by the stream's time.
     _int("moved_at"),
     PrimaryKeyConstraint("app", "sid", "user"),
     Index("members_user", "app", "user", "sid"),
+    Index("members_moved", "app", "user", "moved_at"),
     sqlite_with_rowid=False,
 )
 

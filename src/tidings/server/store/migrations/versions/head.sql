@@ -282,5 +282,6 @@ CREATE TABLE users (
 	PRIMARY KEY (app, id)
 );
 CREATE INDEX users_created ON users (app, created_at, id);
-INSERT INTO alembic_version(version_num) VALUES ('0001');
-INSERT INTO meta(name,value) VALUES ('schema_revision','0001');
+CREATE INDEX members_moved ON members (app, user, moved_at);
+INSERT INTO alembic_version(version_num) VALUES ('0002');
+INSERT INTO meta(name,value) VALUES ('schema_revision','0002');
