@@ -42,7 +42,7 @@ TO_EVERYBODY: list[Notice] = [
     Revoked(APP, "alice", "token_revoked", before_ms=1_700_000_000_000),
     Revoked(APP, "alice", "token_revoked", jti="j", device="d"),
     Lost(),
-    Used([(APP, "user:alice", 3.5), (APP, "key:k1", 1.0)]),
+    Used("a", [(APP, "user:alice", 3.5), (APP, "key:k1", 1.0)]),
 ]
 
 

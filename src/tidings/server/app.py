@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import uvicorn
 
-from tidings.server.bus.base import AccessChanged, Left, Notice, Revoked
+from tidings.server.bus.base import AccessChanged, Bus, Left, Lost, Notice, Revoked
 from tidings.server.bus.local import LocalBus
 from tidings.server.clock import Clock, Ids, SystemClock
 from tidings.server.config import Config
@@ -63,7 +63,7 @@ class Core:
     """Store, bus and use-cases: everything but the doors. What commands that work on the data use too."""
 
     services: Services
-    bus: LocalBus
+    bus: Bus
     keyring: Keyring
     changes: Changes
     metrics: Metrics
@@ -175,6 +175,9 @@ def _forgetter(apps: Apps, access: AccessService, sync: Sync) -> Callable[[Notic
                 access.forget_app(notice.app)
         elif isinstance(notice, Left):
             access.forget_channel(notice.app, notice.channel)
+        elif isinstance(notice, Lost):
+            apps.forget_all()
+            access.forget_all()
         elif isinstance(notice, Revoked) and notice.code == "user_unknown":
             sync.forget(notice.app, notice.user)
 

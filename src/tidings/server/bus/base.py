@@ -101,8 +101,9 @@ class Shown(msgspec.Struct, frozen=True, array_like=True, tag=8):
 
 
 class Used(msgspec.Struct, frozen=True, array_like=True, tag=9):
-    """What other nodes have let through: units taken from the buckets of credentials, `(app, credential, units)`."""
+    """What a node has let through: units taken from the buckets of credentials, `(app, credential, units)`."""
 
+    node: str
     taken: list[tuple[int, str, float]]
 
 

@@ -166,6 +166,25 @@ class Sync:
         rows = await self._store.glance(lambda tx: unit(tx, FEW_STREAMS + 1))
         return rows if len(rows) <= FEW_STREAMS else await self._store.read(unit)
 
+    async def joined_at(self, app: int, user: str, sids: list[int]) -> dict[int, int]:
+        """Where channels stood when the user joined them, of those that they are a member of."""
+
+        async def unit(tx: Tx) -> dict[int, int]:
+            found: dict[int, int] = {}
+            for start in range(0, len(sids), 500):
+                chunk = sids[start : start + 500]
+                for sid, seq in await tx.all(
+                    "SELECT m.sid, m.joined_seq FROM members m WHERE m.app=? AND m.user=?"
+                    f" AND m.sid IN ({log.placeholders(chunk)})",
+                    app,
+                    user,
+                    *chunk,
+                ):
+                    found[sid] = seq
+            return found
+
+        return await self._store.read(unit) if sids else {}
+
     async def moved(self, actor: Actor, since_ms: int, mark: str, streams: int) -> Moved:
         """What of a user's streams, about `streams` in number, has moved since the moment of a mark, in one snapshot.
 
