@@ -22,6 +22,7 @@ from tidings.server.services.messages import Edit
 from tidings.server.services.receipts import RECEIPTS_MEMBERS_MAX
 from tidings.server.services.sync import OWN_STREAM, StreamHandle, check_position, read_mark
 from tidings.server.services.users import SEEN_BATCH
+from tidings.server.store.base import Stale
 from tidings.server.tasks import Tasks
 from tidings.server.telemetry import Metrics, get_logger
 from tidings.wire import limits
@@ -141,7 +142,9 @@ class Gateway:
         # None on the only node there is.
         self.nodes = Nodes(self) if bus.node else None
         self.hub = Hub(asyncio.get_running_loop(), interest=self.nodes, on_flush=self._flushed, on_unsure=self._unsure)
-        self.presence = PresenceBoard(services.store, self.hub, clock, grace_seconds=config.presence_grace_seconds)
+        self.presence = PresenceBoard(
+            services.store, self.hub, bus, clock, self.tasks, grace_seconds=config.presence_grace_seconds
+        )
         self.connections: set[Connection] = set()
         self.by_address: dict[str, int] = {}
         # Sessions without a socket, by id.
@@ -175,6 +178,7 @@ class Gateway:
         self.tasks.spawn(self._recheck(), "recheck")
         if self.nodes is not None:
             self.nodes.start()
+            self.tasks.spawn(self.presence.keep_asking(), "presence")
 
     async def drain(self, seconds: float) -> None:
         """Tell every client when to come back, spread over `reconnect_spread_seconds`, and close them."""
@@ -551,6 +555,10 @@ class Gateway:
             except (NotFound, Forbidden):
                 # They may not read it any more: they do not listen to it either.
                 self.hub.deafen(connection, sid)
+                continue
+            except Stale:
+                # Who may do what has changed since: ask again whether they may.
+                handles.pop(sid, None)
                 continue
             except StoreUnavailable:
                 await asyncio.sleep(CATCH_UP_RETRY_SECONDS)

@@ -125,6 +125,9 @@ class Nodes:
 
     async def turn(self) -> None:
         """One turn. Raises StoreUnavailable: then what was to be done is still to be done."""
+        sync = self._gateway.sync
+        if polled := sync.polled[:TURN_STREAMS_MAX]:
+            sync.compare_polled(await sync.heads_of(polled))
         cut_off = not self._bus.connected
         if cut_off or self._cut_off or self._lost:
             self._lost = True
