@@ -131,6 +131,7 @@ async def open_core(
         messages=Messages(store, access, bus, clock, ids),
         receipts=Receipts(store, access, bus, clock),
         sync=sync,
+        bus=bus,
     )
     try:
         yield Core(services, bus, keyring, changes, metrics)
