@@ -159,20 +159,26 @@ class PresenceBoard:
         self.unwatch(connection)
         if connection.ended:
             return []
+        if self._bus.node:
+            # Their coming and going is listened to before others are asked: nothing falls in between. The watcher
+            # itself is told by the answer.
+            keys = [(app, user) for user in known]
+            for key in keys:
+                self._listen(key)
+            asked = False
+            try:
+                await self._ask([key for key in keys if key not in self._online])
+                asked = not connection.ended
+            finally:
+                if not asked:
+                    for key in keys:
+                        self._unlisten(key)
+        if connection.ended:
+            return []
         for user in known:
             key = (app, user)
-            watchers = self._watchers.get(key)
-            if watchers is None:
-                watchers = self._watchers[key] = set()
-                self._bus.watch(app, user)
-                self._told[key] = key in self._online
-            watchers.add(connection)
+            self._listen(key).add(connection)
             connection.watching.add(key)
-        if self._bus.node:
-            # Asked after their coming and going is listened to: nothing falls in between.
-            await self._ask([(app, user) for user in known if (app, user) not in self._online])
-            if connection.ended:
-                return []
         found = []
         for user in wanted:
             if user not in known:
@@ -193,11 +199,24 @@ class PresenceBoard:
             watchers = self._watchers.get(key)
             if watchers is not None:
                 watchers.discard(connection)
-                if not watchers:
-                    del self._watchers[key], self._told[key]
-                    self._not_found.pop(key, None)
-                    self._bus.unwatch(*key)
+                self._unlisten(key)
         connection.watching.clear()
+
+    def _listen(self, key: Key) -> set[Connection]:
+        """Whoever watches the user, who is listened to from now on."""
+        watchers = self._watchers.get(key)
+        if watchers is None:
+            watchers = self._watchers[key] = set()
+            self._told[key] = key in self._online
+            self._bus.watch(*key)
+        return watchers
+
+    def _unlisten(self, key: Key) -> None:
+        """Not any more, if nobody watches them."""
+        if key in self._watchers and not self._watchers[key]:
+            del self._watchers[key], self._told[key]
+            self._not_found.pop(key, None)
+            self._bus.unwatch(*key)
 
     # ------------------------------------------------------------ asking other nodes
 
