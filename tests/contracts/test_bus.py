@@ -192,6 +192,19 @@ async def test_what_is_too_large_to_carry_is_told_without_its_bytes(tmp_path: Pa
         await site.close()
 
 
+async def test_settling_waits_until_the_server_knows(nats: NatsProcess, around: NatsSite) -> None:
+    async with ChaosProxy(nats.port) as proxy:
+        a = await around.open()
+        b = await around.open(f"nats://127.0.0.1:{proxy.port}")
+        there = Ear(b)
+        proxy.set(latency_s=0.05)
+        for sid in range(1, 4):
+            b.follow(sid)
+            assert await b.settle()
+            a.publish(Published(sid, 1, b"x"))
+            await there.hears(Published(sid, 1, b"x"))
+
+
 # ---------------------------------------------------------------- losing NATS and finding it again
 
 
