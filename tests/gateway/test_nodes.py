@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.nats import cluster, nats
-from tidings.server.bus.base import Notice, Published
+from tidings.server.bus.base import Joined, Notice, Published
 from tidings.server.bus.nats import NatsBus
 from tidings.server.errors import NotFound, Refusal
 from tidings.server.gateway import nodes as nodes_module
@@ -145,7 +145,7 @@ async def test_a_node_with_nobody_in_a_channel_hears_nothing_of_it(nodes: Cluste
     await nodes.settle()
     await a.send("c")
     await a.add("c", "carol")
-    await until(lambda: any(type(notice) is not Published for notice in heard))
+    await until(lambda: any(type(notice) is Joined for notice in heard))
     # From here on it does.
     await nodes.settle()
     await a.send("c", "last")

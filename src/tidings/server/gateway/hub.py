@@ -357,7 +357,7 @@ class Hub:
 
         `joined`: the heads at which channels were joined, of those that the subscriber does not listen to.
         """
-        told = subscriber.told
+        told = subscriber.told or set()
         for sid, (_, name, epoch, head) in memberships.items():
             if sid not in subscriber.streams and sid not in told and sid in joined:
                 self._joined(Joined(subscriber.app, subscriber.user, sid, name, epoch, joined[sid]))
