@@ -456,6 +456,36 @@ async def test_a_node_that_is_cut_off_trusts_nothing_it_remembers(
         await far.services.auth.refresh(carol.actor)
 
 
+async def test_what_a_node_decides_while_it_is_cut_off_is_told_to_the_others_through_the_store(
+    nodes: Cluster, a: Node, far: Node, proxy: ChaosProxy
+) -> None:
+    bob, carol = await a.connect("bob"), await a.connect("carol")
+    await nodes.settle()
+    await cut_off(far, proxy)
+    before = await generation(a)
+    await far.send("c")
+    assert await generation(a) == before, "only what decides about access is worth everybody's looking again"
+    await far.services.users.deactivate(far.backend, "carol")
+    await far.remove("c", "bob")
+    assert await generation(a) == before + 2
+    # What a running node does once a second when the store says so.
+    await a.gateway.changed_elsewhere()
+    await carol.until(lambda: carol.closed_with is not None)
+    await bob.until(lambda: bob.of("channel.left"))
+    with pytest.raises(NotFound):
+        await a.services.messages.history(bob.actor, "c")
+    # What it said just before it noticed may have reached nobody.
+    assert far.gateway.nodes is not None
+    for _ in range(3):
+        await far.gateway.nodes.turn()
+    assert await generation(a) == before + 3
+
+
+async def generation(node: Node) -> int:
+    found = await node.rows("SELECT value FROM meta WHERE name='generation'")
+    return int(found[0][0]) if found else 0
+
+
 async def test_a_node_that_finds_the_bus_again_has_missed_nothing_and_is_heard_of(
     nodes: Cluster, a: Node, far: Node, proxy: ChaosProxy
 ) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from tidings.server.bus.base import Arrived, Lost, Notice, Used
 from tidings.server.errors import Refusal
+from tidings.server.store.log import count_generation
 from tidings.server.telemetry import get_logger
 
 if TYPE_CHECKING:
@@ -129,6 +130,9 @@ class Nodes:
         if polled := sync.polled[:TURN_STREAMS_MAX]:
             sync.compare_polled(await sync.heads_of(polled))
         cut_off = not self._bus.connected
+        if cut_off and not self._cut_off:
+            # What we said last may have reached nobody, and may have been about who sees what.
+            await self._gateway.services.store.run(count_generation)
         if cut_off or self._cut_off or self._lost:
             self._lost = True
             self._cut_off = cut_off
