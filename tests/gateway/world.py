@@ -214,8 +214,10 @@ class Node:
 
 
 @asynccontextmanager
-async def open_node(path: Path, **settings: Any) -> AsyncIterator[Node]:
-    """A node in a directory, drained on the way out."""
+async def open_node(
+    path: Path, *, beside: Node | None = None, limited: bool = False, **settings: Any
+) -> AsyncIterator[Node]:
+    """A node in a directory, drained on the way out. `beside` another one it has its app and clock."""
     config = Config(
         data_dir=path / "data",
         key_file=path / "root.key",
@@ -224,10 +226,13 @@ async def open_node(path: Path, **settings: Any) -> AsyncIterator[Node]:
         store_readers=2,
         **settings,
     )
-    clock = ManualClock()
+    rate = Rate(config.rest_rate_per_second, config.rest_burst) if limited else Rate(1_000_000, 1_000_000)
+    clock = ManualClock() if beside is None else beside.clock
     async with open_core(config, clock=clock) as core:
         services = core.services
-        made = await services.admin.create_app("Test", "app_test")
+        api_key = (
+            beside.api_key if beside is not None else (await services.admin.create_app("Test", "app_test")).api_key
+        )
         app = await services.apps.get("app_test")
         gateway = Gateway(
             services,
@@ -236,8 +241,8 @@ async def open_node(path: Path, **settings: Any) -> AsyncIterator[Node]:
             clock,
             services.ids,
             core.metrics,
-            Limiter(Rate(1_000_000, 1_000_000)),
+            Limiter(rate, shared=bool(core.bus.node)),
             rng=lambda: 0.5,
         )
-        yield Node(core, gateway, clock, config, backend_actor(app, "k1"), "app_test", made.api_key)
+        yield Node(core, gateway, clock, config, backend_actor(app, "k1"), "app_test", api_key)
         await gateway.drain(0)

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import uvicorn
 
-from tidings.server.bus.base import AccessChanged, Left, Notice, Revoked
+from tidings.server.bus.base import AccessChanged, Bus, Left, Lost, Notice, Revoked
 from tidings.server.bus.local import LocalBus
 from tidings.server.clock import Clock, Ids, SystemClock
-from tidings.server.config import Config
+from tidings.server.config import Config, is_loopback
 from tidings.server.crypto.keyfile import KeyFile
 from tidings.server.crypto.keyring import Keyring
 from tidings.server.domain.limits import Limiter, Rate
@@ -49,6 +49,7 @@ from tidings.server.telemetry import Metrics, get_logger, watch_event_loop
 from tidings.wire.codec import encode
 
 if TYPE_CHECKING:
+    from tidings.server.bus.nats_link import Credentials
     from tidings.server.outbound import GuardedClient
 
 log = get_logger(__name__)
@@ -56,6 +57,11 @@ log = get_logger(__name__)
 DATABASE: Final = "tidings.db"
 # Connections waiting to be accepted: a reconnect storm of a few thousand must not be refused by the kernel.
 BACKLOG: Final = 4_096
+# How long a starting node waits for its bus, seconds: servers that are started together with it are there by then, and
+# supervisors that start it again wait about as long.
+BUS_START_SECONDS: Final = 15.0
+# Of a name that is drawn: 60 random bits, each node's own.
+NODE_CHARACTERS: Final = 12
 
 
 @dataclass(slots=True, frozen=True)
@@ -63,7 +69,7 @@ class Core:
     """Store, bus and use-cases: everything but the doors. What commands that work on the data use too."""
 
     services: Services
-    bus: LocalBus
+    bus: Bus
     keyring: Keyring
     changes: Changes
     metrics: Metrics
@@ -97,7 +103,11 @@ async def open_core(
         synchronous=config.store_synchronous,
         observe=_observer(metrics),
     )
-    bus = LocalBus()
+    try:
+        bus = await open_bus(config, ids, metrics)
+    except BaseException:
+        await store.close()
+        raise
     changes = Changes(store, bus)
     apps = Apps(store, keyring)
     policy = OutboundPolicy(hosts=tuple(config.jwks_allow_hosts))
@@ -121,13 +131,52 @@ async def open_core(
         messages=Messages(store, access, bus, clock, ids),
         receipts=Receipts(store, access, bus, clock),
         sync=sync,
+        bus=bus,
     )
     try:
         yield Core(services, bus, keyring, changes, metrics)
     finally:
         await auth.close()
         await jwks.aclose()
+        await bus.close()
         await store.close()
+
+
+async def open_bus(config: Config, ids: Ids, metrics: Metrics) -> Bus:
+    """The bus that the configuration names, connected.
+
+    Raises BusUnavailable: a node that could not hear the others would be worse than none. It waits a little for servers
+    that are just being started beside it.
+    """
+    if not config.bus_servers:
+        return LocalBus()
+    import ssl
+
+    from tidings.server.bus.nats import NatsBus
+    from tidings.server.bus.nats_link import read_address, read_credentials
+
+    servers = [read_address(url) for url in config.bus_servers]
+    if any(not server.tls and not is_loopback(server.host) for server in servers):
+        log.warning("bus_may_be_plain", advice="tls:// in the setting bus, unless the network between is private")
+    path = config.bus_credentials
+
+    def credentials() -> Credentials | None:
+        return None if path is None else read_credentials(path)
+
+    bus = NatsBus(
+        servers,
+        node=config.node or ids.new_id("")[:NODE_CHARACTERS],
+        cluster=config.cluster,
+        credentials=credentials,
+        tls=ssl.create_default_context(cafile=None if config.bus_ca is None else str(config.bus_ca)),
+        metrics=metrics,
+    )
+    try:
+        await bus.open(BUS_START_SECONDS)
+    except BaseException:
+        await bus.close()
+        raise
+    return bus
 
 
 def _outbound_client(policy: OutboundPolicy) -> GuardedClient:
@@ -175,6 +224,9 @@ def _forgetter(apps: Apps, access: AccessService, sync: Sync) -> Callable[[Notic
                 access.forget_app(notice.app)
         elif isinstance(notice, Left):
             access.forget_channel(notice.app, notice.channel)
+        elif isinstance(notice, Lost):
+            apps.forget_all()
+            access.forget_all()
         elif isinstance(notice, Revoked) and notice.code == "user_unknown":
             sync.forget(notice.app, notice.user)
 
@@ -192,7 +244,8 @@ class Server:
         self.config = config
         self.core = core
         services = core.services
-        limiter = Limiter(Rate(config.rest_rate_per_second, config.rest_burst))
+        rate = Rate(config.rest_rate_per_second, config.rest_burst)
+        limiter = Limiter(rate, shared=bool(core.bus.node))
         self.gateway = Gateway(services, core.bus, config, services.clock, services.ids, core.metrics, limiter)
         self._tasks = Tasks("server")
         self.rest = create_rest_app(

@@ -26,6 +26,8 @@ __all__ = ["SETTINGS", "Config", "ConfigError", "Problem", "Setting", "is_loopba
 
 ENV_PREFIX = "TIDINGS_"
 DEFAULT_FILE = "tidings.toml"
+# The bus of a process that is the only node; any other is a list of servers.
+LOCAL = "local"
 
 # Names with our prefix that belong to others: the path of the file itself, and what clients and tools of ours read.
 FOREIGN_ENV = frozenset({"CONFIG", "URL", "API_KEY", "APP", "USER", "TOKEN"})
@@ -178,6 +180,37 @@ class Config:
         low=1,
         high=64,
         why="Reads mostly hit the page cache; beyond a few threads they wait for the interpreter, not for the disk.",
+    )
+
+    # Other nodes
+    bus: str = _setting(
+        "local",
+        "local: this process is the only node. Else the NATS servers through which nodes hear each other, separated by "
+        "commas: nats://nats-1:4222,nats://nats-2:4222, or tls:// where the connection must be encrypted.",
+        low=1,
+        why="One process needs no bus. Several servers, because nodes move to another one when theirs dies.",
+    )
+    bus_credentials: Path | None = _setting(
+        None,
+        "File with what NATS asks for: user:password, a token, or the .creds file that nsc writes. Read at every start "
+        "of a connection.",
+        why="A secret lives in a file, not in a setting.",
+    )
+    bus_ca: Path | None = _setting(
+        None,
+        "PEM file with the certificates that NATS servers are trusted by. None: those of this system.",
+        why="Servers inside a cluster mostly have certificates of one's own.",
+    )
+    cluster: str = _setting(
+        "tidings",
+        "First word of every subject on the bus: letters, digits, - and _.",
+        low=1,
+        why="Two clusters may share their NATS servers; in one database belongs one cluster.",
+    )
+    node: str = _setting(
+        "",
+        "This node's name among the others: up to 32 letters and digits. Empty: drawn at each start.",
+        why="It stands in the ids of HTTP sessions, so that any node finds whose they are. No two nodes may share it.",
     )
 
     # What it says about itself
@@ -344,6 +377,13 @@ class Config:
     def __post_init__(self) -> None:
         if self.key_file == Path():
             object.__setattr__(self, "key_file", self.data_dir / "root.key")
+
+    @property
+    def bus_servers(self) -> tuple[str, ...]:
+        """The addresses of the NATS servers; none for the only node."""
+        if self.bus == LOCAL:
+            return ()
+        return tuple(url.strip() for url in self.bus.split(",") if url.strip())
 
     @property
     def tls(self) -> bool:
@@ -556,6 +596,20 @@ def _contradictions(config: Config) -> list[tuple[str, str]]:
             f"{config.store_synchronous} may lose acknowledged messages at a power cut; "
             "use full, or say allow_unsafe_store = true if the data may be lost",
         )
+    for url in config.bus_servers or ((config.bus,) if config.bus != LOCAL else ()):
+        if not _is_bus_url(url):
+            # The value is not repeated: people write passwords into addresses.
+            refuse("bus", "must be local, or addresses like nats://nats-1:4222; credentials go into bus_credentials")
+            break
+    for name, path in (("bus_credentials", config.bus_credentials), ("bus_ca", config.bus_ca)):
+        if path is not None and config.bus == LOCAL:
+            refuse(name, "has no effect without bus = nats://…")
+        elif path is not None and not (path.is_file() and os.access(path, os.R_OK)):
+            refuse(name, f"{path} is not a file that this user can read")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", config.cluster):
+        refuse("cluster", f"{config.cluster!r} is not up to 64 letters, digits, - and _")
+    if config.node and not re.fullmatch(r"[A-Za-z0-9]{1,32}", config.node):
+        refuse("node", f"{config.node!r} is not up to 32 letters and digits")
     if (config.tls_cert is None) != (config.tls_key is None):
         missing, given = ("tls_key", "tls_cert") if config.tls_key is None else ("tls_cert", "tls_key")
         refuse(missing, f"is needed when {given} is set")
@@ -599,6 +653,16 @@ def _is(parse: Callable[[str], object], text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_bus_url(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        valid_port = url.port is None or url.port > 0
+    except ValueError:
+        return False
+    clean = not (url.path.strip("/") or url.query or url.fragment or "@" in url.netloc)
+    return url.scheme in ("nats", "tls") and bool(url.hostname) and clean and valid_port
 
 
 def _is_base_url(text: str) -> bool:

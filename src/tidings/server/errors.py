@@ -72,3 +72,7 @@ class UnsafeStore(TidingsError):
 
 class StoreCorrupt(TidingsError):
     """What was read is not what was written."""
+
+
+class BusUnavailable(TidingsError):
+    """The bus between nodes cannot be reached: the message says what was tried."""

@@ -378,6 +378,16 @@ class Metrics(Collector):
         self.commit_seconds = self._histogram("commit_seconds", "One commit with its fsync.", _SECONDS)
         self.batch_size = self._histogram("append_batch_size", "Appends that shared one commit.", _COUNTS)
 
+        # The bus between nodes
+        self.bus_connected = self._gauge("bus_connected", "1 while other nodes can be heard and told.")
+        self.bus_interests = self._gauge("bus_interests", "Subjects that this node listens to.")
+        self.bus_published = self._counter("bus_published_total", "Notices given to the bus.")
+        self.bus_received = self._counter("bus_received_total", "Notices of other nodes.")
+        self.bus_dropped = self._counter("bus_dropped_total", "Notices that the bus could not take.")
+        self.bus_reconnects = self._counter("bus_reconnects_total", "Times the bus was lost and found again.")
+        self.bus_round_trip = self._gauge("bus_round_trip_seconds", "From this node to the bus and back, last time.")
+        self.bus_healed = self._counter("bus_healed_total", "Streams whose growth was found in the store, not heard.")
+
         # REST
         self.rest_requests = self._counters("rest_requests_total", "Requests answered.", "route", "status")
         self.rest_seconds = self._histograms("rest_request_seconds", "Time to answer.", _SECONDS, "route")

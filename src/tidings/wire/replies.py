@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -80,7 +80,9 @@ class SyncPage(msgspec.Struct, frozen=True, kw_only=True):
     next: str | None = None
 
 
-class Health(msgspec.Struct, frozen=True, kw_only=True):
-    """`status` is `ok`, or says why the server should get no traffic."""
+class Health(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """`status` is `ok`, or says why the server should get no traffic. `bus` is given where this node hears nothing of
+    the others: it reads everything from the store then, and serves on, more slowly."""
 
     status: str
+    bus: Literal["cut_off"] | None = None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable
 
-from .base import Notice
+from .base import Notice, Unreachable
 
 
 class LocalBus:
-    """Hands each notice to the listeners of this process, at once and in order."""
+    """Hands each notice to the listeners of this process, at once and in order. There are no other nodes: interest
+    costs nothing, and nothing can be missed."""
+
+    node = ""
+    connected = True
 
     def __init__(self) -> None:
         self._listeners: list[Callable[[Notice], None]] = []
@@ -19,3 +23,39 @@ class LocalBus:
 
     def listen(self, listener: Callable[[Notice], None]) -> None:
         self._listeners.append(listener)
+
+    def follow(self, sid: int) -> None:
+        pass
+
+    def unfollow(self, sid: int) -> None:
+        pass
+
+    def attend(self, app: int, user: str) -> None:
+        pass
+
+    def unattend(self, app: int, user: str) -> None:
+        pass
+
+    def watch(self, app: int, user: str) -> None:
+        pass
+
+    def unwatch(self, app: int, user: str) -> None:
+        pass
+
+    async def settle(self) -> bool:
+        return True
+
+    async def online(self, app: int, users: Iterable[str]) -> set[str]:
+        return set()
+
+    def answer_online(self, shown: Callable[[int, str], bool]) -> None:
+        pass
+
+    async def request(self, node: str, topic: str, payload: bytes, seconds: float) -> bytes:
+        raise Unreachable(node)
+
+    def serve(self, topic: str, answer: Callable[[bytes], Awaitable[bytes]]) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass

@@ -57,6 +57,8 @@ class Connection(Peer):
         "_under",
         "actor",
         "address",
+        "connected_at",
+        "connected_at_ms",
         "ended",
         "entering",
         "gateway",
@@ -82,6 +84,9 @@ class Connection(Peer):
         self.granted: Authenticated | None = None
         self.actor: Actor | None = None
         self.ended = False
+        # By the steady clock, and by the one that other nodes have, too.
+        self.connected_at = 0.0
+        self.connected_at_ms = 0
         self.entering = False
         # Of streams that the client has asked for again: how far they had been sent before.
         self.sent_before: dict[int, int] = {}

@@ -22,6 +22,7 @@ from tidings.server.services.messages import Edit
 from tidings.server.services.receipts import RECEIPTS_MEMBERS_MAX
 from tidings.server.services.sync import OWN_STREAM, StreamHandle, check_position, read_mark
 from tidings.server.services.users import SEEN_BATCH
+from tidings.server.store.base import Stale
 from tidings.server.tasks import Tasks
 from tidings.server.telemetry import Metrics, get_logger
 from tidings.wire import limits
@@ -67,6 +68,7 @@ from tidings.wire.resources import Head
 
 from .connection import Connection, draft_of
 from .hub import Hub, Subscriber
+from .nodes import Nodes
 from .presence import PresenceBoard
 from .session import SessionLimits, State
 
@@ -138,8 +140,12 @@ class Gateway:
         self.repeated = metrics.sends.labels("repeated")
         self.send_refused = metrics.sends.labels("refused")
         self.tasks = Tasks("gateway")
-        self.hub = Hub(asyncio.get_running_loop(), on_flush=self._flushed)
-        self.presence = PresenceBoard(services.store, self.hub, clock, grace_seconds=config.presence_grace_seconds)
+        # None on the only node there is.
+        self.nodes = Nodes(self) if bus.node else None
+        self.hub = Hub(asyncio.get_running_loop(), interest=self.nodes, on_flush=self._flushed, on_unsure=self._unsure)
+        self.presence = PresenceBoard(
+            services.store, self.hub, bus, clock, self.tasks, grace_seconds=config.presence_grace_seconds
+        )
         self.connections: set[Connection] = set()
         self.by_address: dict[str, int] = {}
         # Sessions without a socket, by id.
@@ -148,6 +154,9 @@ class Gateway:
         self._catch_ups = asyncio.Semaphore(CATCH_UPS_MAX)
         # Devices that connected since they were last written.
         self._devices: dict[tuple[int, str, str], tuple[AppContext, DeviceInfo]] = {}
+        # Users whose memberships may have changed without a word.
+        self._to_reconcile: dict[Subscriber, None] = {}
+        self._reconciling: asyncio.Task[None] | None = None
         self._to_recheck: dict[Connection, None] = {}
         self._rechecking: asyncio.Task[None] | None = None
         self._seen_devices: dict[tuple[int, str, str], Connection] = {}
@@ -168,6 +177,9 @@ class Gateway:
         self.tasks.spawn(self._tick(), "tick")
         self.tasks.spawn(self._write_seen(), "seen")
         self.tasks.spawn(self._recheck(), "recheck")
+        if self.nodes is not None:
+            self.nodes.start()
+            self.tasks.spawn(self.presence.keep_asking(), "presence")
 
     async def drain(self, seconds: float) -> None:
         """Tell every client when to come back, spread over `reconnect_spread_seconds`, and close them."""
@@ -218,6 +230,29 @@ class Gateway:
         sids = list(self.hub.streams)
         self.hub.recheck(await self.sync.heads_of(sids))
 
+    def _unsure(self, subscriber: Subscriber) -> None:
+        if subscriber.peers and not self.draining:
+            self._to_reconcile[subscriber] = None
+            if self._reconciling is None or self._reconciling.done():
+                self._reconciling = self.tasks.spawn(self._reconcile_all(), "reconcile memberships")
+
+    async def _reconcile_all(self) -> None:
+        while self._to_reconcile:
+            subscriber = next(iter(self._to_reconcile))
+            del self._to_reconcile[subscriber]
+            actor = next((peer.actor for peer in subscriber.peers if isinstance(peer, Connection) and peer.actor), None)
+            if actor is None:
+                continue
+            try:
+                await self._load(subscriber, actor, heard=True)
+            except StoreUnavailable:
+                self._to_reconcile[subscriber] = None
+                await asyncio.sleep(TICK_SECONDS)
+
+    def device(self, app: int, user: str, device: str) -> Connection | None:
+        """The session of a device here."""
+        return self._seen_devices.get((app, user, device))
+
     def recheck(self, connection: Connection) -> None:
         """See whether the connection's credentials still count, in the background, one after the other."""
         if connection.session.state is State.OPEN:
@@ -250,8 +285,8 @@ class Gateway:
     # ------------------------------------------------------------ connections
 
     def new_session_id(self) -> str:
-        """An id for a session."""
-        return self._ids.new_id("s_")
+        """An id for a session. Among several nodes it names the one that has it."""
+        return self._ids.new_id(f"s_{self.bus.node}_" if self.bus.node else "s_")
 
     def admit(self, address: str) -> Refusal | None:
         """Whether a connection from this address may be accepted."""
@@ -372,11 +407,14 @@ class Gateway:
             issued_at_ms=granted.issued_at_ms,
             jti=granted.jti,
         )
+        connection.connected_at, connection.connected_at_ms = self.clock.monotonic(), self.clock.now_ms()
         key = (actor.app.app, actor.user, device.id)
         older = self._seen_devices.get(key)
         self._seen_devices[key] = connection
         if older is not None and older is not connection:
             older.close(Refusal("replaced", "This device has connected again."))
+        if self.nodes is not None:
+            self.nodes.arrived(connection)
         heads: list[Head] = []
         if moved is not None:
             # Held until the client says what it has of them. What moves after this snapshot comes by itself: of those
@@ -435,12 +473,19 @@ class Gateway:
                 connection.send(encode(Syncing(streams=[], refused=refused)))
         connection.fell_behind()
 
-    async def _load(self, subscriber: Subscriber, actor: Actor) -> None:
-        """Read what a user may listen to; peers of theirs that come meanwhile do the same, and the first one counts."""
+    async def _load(self, subscriber: Subscriber, actor: Actor, *, heard: bool = False) -> None:
+        """Read what a user may listen to; peers of theirs that come meanwhile do the same, and the first one counts.
+
+        `heard`: peers are there that have been listening, and are told what they have not heard of.
+        """
         began = self.hub.load(subscriber)
         memberships = None
         try:
             memberships = await self.sync.memberships(actor)
+            if heard or len(subscriber.peers) > 1:
+                by_sid = {membership[0]: membership for membership in memberships}
+                new = [sid for sid in by_sid if sid not in subscriber.streams]
+                self.hub.reconcile(subscriber, by_sid, await self.sync.joined_at(subscriber.app, subscriber.user, new))
         finally:
             self.hub.loaded(subscriber, memberships, began)
 
@@ -511,6 +556,10 @@ class Gateway:
             except (NotFound, Forbidden):
                 # They may not read it any more: they do not listen to it either.
                 self.hub.deafen(connection, sid)
+                continue
+            except Stale:
+                # Who may do what has changed since: ask again whether they may.
+                handles.pop(sid, None)
                 continue
             except StoreUnavailable:
                 await asyncio.sleep(CATCH_UP_RETRY_SECONDS)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from typing import Final, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from tidings.server.bus.base import AccessChanged, Joined, Left, Notice, Published, Revoked, Signal
 from tidings.server.telemetry import get_logger
@@ -47,6 +47,22 @@ def frame(payload: bytes) -> bytes:
     if size < 65536:
         return b"\x81\x7e" + size.to_bytes(2, "big") + payload
     return b"\x81\x7f" + size.to_bytes(8, "big") + payload
+
+
+class Interest(Protocol):
+    """What a hub among several asks the others for: see `bus.base.Bus`."""
+
+    def follow(self, sid: int) -> None:
+        """Hear a stream."""
+
+    def unfollow(self, sid: int) -> None:
+        """Hear it no more."""
+
+    def attend(self, app: int, user: str) -> None:
+        """Hear what is for a user's sessions."""
+
+    def unattend(self, app: int, user: str) -> None:
+        """Hear it no more."""
 
 
 class Subscriber:
@@ -158,9 +174,19 @@ class Stream:
 class Hub:
     """Streams, peers and the write loop of one node. Everything happens on the event loop."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, *, on_flush: Callable[[int, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        interest: Interest | None = None,
+        on_flush: Callable[[int, int], None] | None = None,
+        on_unsure: Callable[[Subscriber], None] = lambda subscriber: None,
+    ) -> None:
         self._loop = loop
+        # None where there are no other nodes.
+        self._interest = interest
         self._on_flush = on_flush
+        self._on_unsure = on_unsure
         self.streams: dict[int, Stream] = {}
         # Channels' streams by their public name; own streams (`@me`) are not here.
         self.named: dict[tuple[int, str], Stream] = {}
@@ -214,6 +240,8 @@ class Hub:
             self.streams[sid] = stream
             if name != OWN:
                 self.named[(stream.app, name)] = stream
+            if self._interest is not None:
+                self._interest.follow(sid)
         elif head > stream.head:
             # The snapshot knows more than came through here: whoever listens already must read it from the log.
             self._put_behind(stream, head)
@@ -258,6 +286,8 @@ class Hub:
             self.streams.pop(stream.sid, None)
             self.named.pop((stream.app, stream.name), None)
             self._remember(stream.sid, stream.head)
+            if self._interest is not None:
+                self._interest.unfollow(stream.sid)
 
     def deafen(self, peer: Peer, sid: int) -> None:
         """Send this peer nothing of a stream any more, whoever else of its user may hear it."""
@@ -287,6 +317,8 @@ class Hub:
         elif not subscriber.peers:
             del self._idle[subscriber]
             self._kept -= len(subscriber.streams)
+        if self._interest is not None and not subscriber.peers:
+            self._interest.attend(*key)
         subscriber.peers.append(peer)
         peer.subscriber = subscriber
         self._turn += 1
@@ -320,6 +352,19 @@ class Hub:
             subscriber.told = None
             self._loading.discard(subscriber)
 
+    def reconcile(self, subscriber: Subscriber, memberships: dict[int, Membership], joined: dict[int, int]) -> None:
+        """A snapshot since `load` had these memberships: make good what was not heard, for peers that are there.
+
+        `joined`: the heads at which channels were joined, of those that the subscriber does not listen to.
+        """
+        told = subscriber.told or set()
+        for sid, (_, name, epoch, head) in memberships.items():
+            if sid not in subscriber.streams and sid not in told and sid in joined:
+                self._joined(Joined(subscriber.app, subscriber.user, sid, name, epoch, joined[sid]))
+            self.recheck({sid: head})
+        for sid in [sid for sid in subscriber.streams if sid not in memberships and sid not in told]:
+            self.leave(subscriber, sid)
+
     def exit(self, peer: Peer) -> None:
         """Forget a peer: it gets nothing more. What its user listens to is kept for a while."""
         subscriber, peer.subscriber = peer.subscriber, None
@@ -331,6 +376,8 @@ class Hub:
         self._turn += 1
         if subscriber.peers:
             return
+        if self._interest is not None:
+            self._interest.unattend(subscriber.app, subscriber.user)
         subscriber.idle_since = self._loop.time()
         self._idle[subscriber] = None
         self._kept += len(subscriber.streams)
@@ -501,13 +548,25 @@ class Hub:
             if stream.sid not in peer.behind:
                 peer.behind[stream.sid] = last
                 peer.fell_behind()
+        if stream.name == OWN:
+            # Whoever joins or leaves is told on their own stream: we may not have heard of that either.
+            for subscriber in stream.subscribers:
+                self._on_unsure(subscriber)
 
-    def recheck(self, heads: dict[int, int]) -> None:
-        """Compare with what the store says: streams that grew without a word are read from the log."""
+    def recheck(self, heads: dict[int, int]) -> int:
+        """Compare with what the store says: streams that grew without a word are read from the log. How many did."""
+        grown = 0
         for sid, head in heads.items():
             stream = self.streams.get(sid)
             if stream is not None and head > stream.head:
                 self._put_behind(stream, head)
+                grown += 1
+        return grown
+
+    def ahead(self, heads: dict[int, int]) -> dict[int, int]:
+        """Those of the heads that are further than what came through here."""
+        streams = self.streams
+        return {sid: head for sid, head in heads.items() if sid in streams and head > streams[sid].head}
 
     def _signal(self, notice: Signal) -> None:
         if notice.sid is not None:

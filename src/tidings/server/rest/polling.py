@@ -21,24 +21,35 @@ async def poll(
 ) -> T:
     """What `read` gives, waiting at most `seconds` for one of the streams `sids` to grow if it has no news.
 
-    The wait begins before the first read, so that nothing falls between the two. It ends with the connection: a client
+    The wait begins before the first read, so that nothing falls between the two; being woken for nothing does not end
+    it, as a node among others is woken now and then to be sure. It ends with the connection: a client
     that left costs nothing. Raises Refusal `rate_limited` when too many wait already: an answer without news would make
     its client ask again at once.
     """
     if seconds <= 0 or call.draining():
         return await read()
     with call.services.sync.waiting(call.actor, sids) as growth:
+        await call.services.sync.in_place()
         found = await read()
         if has_news(found):
             return found
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
         gone = asyncio.create_task(_gone(call.receive))  # owned by this call
         try:
-            await asyncio.wait((growth, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            if gone.done():
-                return found
-            # Who was turned out while waiting gets nothing of what came since.
-            await call.renew()
-            return await read()
+            while True:
+                grown = asyncio.create_task(growth.wait())  # owned by this call
+                await asyncio.wait((grown, gone), timeout=deadline - loop.time(), return_when=asyncio.FIRST_COMPLETED)
+                grown.cancel()
+                if gone.done():
+                    return found
+                in_time = growth.is_set()
+                growth.clear()
+                # Who was turned out while waiting gets nothing of what came since.
+                await call.renew()
+                found = await read()
+                if has_news(found) or not in_time or call.draining():
+                    return found
         finally:
             gone.cancel()
             with suppress(asyncio.CancelledError):

@@ -55,7 +55,9 @@ async def ready(call: Call[None, None]) -> Reply:
     except Exception:
         # Whatever it is, it is not ready; the store logs why.
         return json_reply(503, Health(status="store"))
-    return json_reply(200, Health(status="ok"))
+    bus = call.services.bus
+    # Not a reason to turn traffic away: where the bus itself is down, all nodes would do so at once.
+    return json_reply(200, Health(status="ok", bus="cut_off" if bus is not None and not bus.connected else None))
 
 
 def is_near(scope: Any) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tidings.server.bus.base import Bus
     from tidings.server.clock import Clock, Ids
     from tidings.server.store.base import Store
 
@@ -38,3 +39,4 @@ class Services:
     messages: Messages
     receipts: Receipts
     sync: Sync
+    bus: Bus | None = None

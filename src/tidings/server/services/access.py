@@ -202,6 +202,33 @@ class AccessService:
                 self.forget_channel(actor.app.app, channel_id)
         raise StoreUnavailable("the channel's members change too fast")
 
+    async def read(
+        self,
+        actor: Actor,
+        channel_id: str,
+        need: Permission,
+        unit: Callable[[Tx, Access, str, int], Awaitable[T]],
+    ) -> T:
+        """Run a unit that only reads what is in a channel; it gets the stream's epoch and head, too.
+
+        It reads a snapshot in which the access that was checked for it still holds: what is remembered here may be out
+        of date, where another node has removed somebody and could not say so. Raises what `channel` and the unit raise.
+        """
+        for _ in range(ATTEMPTS_MAX):
+            access = await self.channel(actor, channel_id, need)
+
+            async def guarded(tx: Tx, access: Access = access) -> T:
+                row = await tx.one("SELECT access_version, epoch, head FROM streams WHERE sid=?", access.channel.sid)
+                if row is None or row[0] != access.channel.access_version:
+                    raise Stale
+                return await unit(tx, access, row[1], row[2])
+
+            try:
+                return await self._store.read(guarded)
+            except Stale:
+                self.forget_channel(actor.app.app, channel_id)
+        raise StoreUnavailable("the channel's members change too fast")
+
     # ------------------------------------------------------------ forgetting
 
     def forget_channel(self, app: int, channel_id: str) -> None:

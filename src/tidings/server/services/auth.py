@@ -23,7 +23,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 
-from tidings.server.bus.base import AccessChanged, Bus, Notice, Revoked
+from tidings.server.bus.base import AccessChanged, Bus, Lost, Notice, Revoked
 from tidings.server.clock import Clock, Ids
 from tidings.server.domain.permissions import NONE, Grants, Permission, grants_of
 from tidings.server.errors import Forbidden, NotFound, Refusal
@@ -512,7 +512,9 @@ class Auth:
         self._api_keys.clear()
 
     def _heard(self, notice: Notice) -> None:
-        if isinstance(notice, Revoked):
+        if isinstance(notice, Lost):
+            self.forget_all()
+        elif isinstance(notice, Revoked):
             self._forget_user(notice.app, notice.user)
             if notice.jti is not None:
                 self._jtis.pop((notice.app, notice.user, notice.jti), None)

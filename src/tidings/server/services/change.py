@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
-from tidings.server.bus.base import Bus, Notice, Published
+from tidings.server.bus.base import AccessChanged, Bus, Left, Notice, Published, Revoked
 from tidings.server.crypto.keyring import StreamCipher
 from tidings.server.store import log
 from tidings.server.store.base import Store, Tx
@@ -20,6 +20,9 @@ from tidings.wire.codec import encode
 from .rendering import render_event
 
 T = TypeVar("T")
+
+# Notices without which a node would go on letting somebody see what is not theirs any more.
+_DECIDES: Final = (AccessChanged, Left, Revoked)
 
 
 @dataclass(slots=True, frozen=True)
@@ -38,8 +41,14 @@ class Changes:
         self._bus = bus
 
     async def run(self, unit: Callable[[Tx], Awaitable[Change[T]]]) -> T:
-        """Commit the unit, announce it, give back its value. Raises what the unit raises; nothing is stored then."""
+        """Commit the unit, announce it, give back its value. Raises what the unit raises; nothing is stored then.
+
+        What decides who may see what is told to the other nodes before this returns, through the store if the bus is
+        away. Raises StoreUnavailable if that cannot be done: then it is stored, and may safely be done again.
+        """
         change = await self._store.run(unit, self._announce)
+        if not self._bus.connected and any(isinstance(notice, _DECIDES) for notice in change.notices):
+            await self._store.run(log.count_generation)
         return change.value
 
     def _announce(self, change: Change[Any]) -> None:

@@ -188,19 +188,20 @@ class Members:
         cursor: str | None = None,
     ) -> tuple[Page, str | None]:
         """A page of members in the order of their ids, and the cursor of the next one."""
-        access = await self._access.channel(actor, channel_id, P.MEMBER_READ)
-        channel = access.channel
+        # Before the cursor is looked at: whether there is such a channel is not for everybody.
+        await self._access.channel(actor, channel_id, P.MEMBER_READ)
         listing = ["members", channel_id, role]
         after = "" if cursor is None else read_cursor(actor.app, listing, cursor, tuple[str])[0]
         limit = max(1, min(limit, limits.PAGE_MAX))
-        receipts = channel.type.definition.features.receipts
 
-        async def unit(tx: Tx) -> tuple[Page, str | None]:
+        async def unit(tx: Tx, access: Access, epoch: str, head: int) -> tuple[Page, str | None]:
+            channel = access.channel
+            receipts = channel.type.definition.features.receipts
             rows = await members_of(tx, channel.app, channel.sid, role=role, after=after, limit=limit + 1)
             shown = [render_member(row, receipts=receipts) for row in rows[:limit]]
             return shown, make_cursor(actor.app, listing, [rows[limit - 1][0]]) if len(rows) > limit else None
 
-        return await self._store.read(unit)
+        return await self._access.read(actor, channel_id, P.MEMBER_READ, unit)
 
     # ------------------------------------------------------------ parts
 

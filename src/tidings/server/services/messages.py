@@ -546,21 +546,19 @@ class Messages:
 
     async def one(self, actor: Actor, channel_id: str, message_id: str) -> bytes:
         """One message as JSON. Raises NotFound."""
-        access = await self._access.channel(actor, channel_id, P.CHANNEL_READ)
 
-        async def unit(tx: Tx) -> bytes:
+        async def unit(tx: Tx, access: Access, epoch: str, head: int) -> bytes:
             row = await self._row(tx, access, message_id)
             reactions = await self._reactions(tx, access, row.seq, row.seq)
             return render_message(access, row, reactions.get(row.seq))
 
-        return await self._store.read(unit)
+        return await self._access.read(actor, channel_id, P.CHANNEL_READ, unit)
 
     async def versions(self, actor: Actor, channel_id: str, message_id: str) -> list[MessageVersion]:
         """Every version, the original first: for `message.versions`, and for the author until it is deleted."""
-        access = await self._access.channel(actor, channel_id, P.CHANNEL_READ)
-        channel = access.channel
 
-        async def unit(tx: Tx) -> list[MessageVersion]:
+        async def unit(tx: Tx, access: Access, epoch: str, head: int) -> list[MessageVersion]:
+            channel = access.channel
             row = await self._row(tx, access, message_id)
             if row.sender != actor.user or row.deleted_at is not None:
                 access.check(P.MESSAGE_VERSIONS)
@@ -594,7 +592,7 @@ class Messages:
                 )
             return found
 
-        return await self._store.read(unit)
+        return await self._access.read(actor, channel_id, P.CHANNEL_READ, unit)
 
     async def history(
         self,
@@ -609,61 +607,56 @@ class Messages:
         """A page of messages: the latest, or before, after or around a seq. Raises Refusal when two are given."""
         if sum(value is not None for value in (before, after, around)) > 1:
             raise Refusal("invalid_field", "Give one of before, after and around.", field="before")
-        access = await self._access.channel(actor, channel_id, P.CHANNEL_READ)
-        channel = access.channel
         select = f"SELECT {_ROW}{_FROM} WHERE m.app=? AND m.sid=?"
 
-        async def older(tx: Tx, below: int, count: int) -> list[Row]:
+        async def older(tx: Tx, access: Access, below: int, count: int) -> list[Row]:
             rows = await tx.all(
                 select + " AND m.seq<? AND m.seq>? ORDER BY m.seq DESC LIMIT ?",
-                channel.app,
-                channel.sid,
+                access.channel.app,
+                access.channel.sid,
                 below,
                 access.floor,
                 count,
             )
             return rows[::-1]
 
-        async def newer(tx: Tx, above: int, count: int) -> list[Row]:
+        async def newer(tx: Tx, access: Access, above: int, count: int) -> list[Row]:
             return await tx.all(
                 select + " AND m.seq>? ORDER BY m.seq LIMIT ?",
-                channel.app,
-                channel.sid,
+                access.channel.app,
+                access.channel.sid,
                 max(above, access.floor),
                 count,
             )
 
-        async def unit(tx: Tx) -> Page:
-            stream = await tx.one("SELECT epoch, head FROM streams WHERE sid=?", channel.sid)
-            if stream is None:
-                raise NotFound("channel", field="channel")
+        async def unit(tx: Tx, access: Access, epoch: str, head: int) -> Page:
             # One more than asked for tells whether there is more.
             if around is not None:
                 half = limit // 2
-                left = await older(tx, around, half + 1)
-                right = await newer(tx, around - 1, limit - half + 1)
+                left = await older(tx, access, around, half + 1)
+                right = await newer(tx, access, around - 1, limit - half + 1)
                 has_before, has_after = len(left) > half, len(right) > limit - half
                 rows = left[-half:] if half else []
                 rows = rows + right[: limit - half]
             elif after is not None:
-                rows = await newer(tx, after, limit + 1)
+                rows = await newer(tx, access, after, limit + 1)
                 has_before, has_after = after > access.floor, len(rows) > limit
                 rows = rows[:limit]
             else:
-                rows = await older(tx, 2**62 if before is None else before, limit + 1)
-                has_before, has_after = len(rows) > limit, before is not None and before <= stream[1]
+                rows = await older(tx, access, 2**62 if before is None else before, limit + 1)
+                has_before, has_after = len(rows) > limit, before is not None and before <= head
                 rows = rows[-limit:]
             found = [MessageRow(*row) for row in rows]
             reactions = await self._reactions(tx, access, found[0].seq, found[-1].seq) if found else {}
             return Page(
                 [render_message(access, row, reactions.get(row.seq)) for row in found],
-                stream[0],
-                stream[1],
+                epoch,
+                head,
                 has_before,
                 has_after,
             )
 
-        return await self._store.read(unit)
+        return await self._access.read(actor, channel_id, P.CHANNEL_READ, unit)
 
     @staticmethod
     async def _reactions(tx: Tx, access: Access, first: int, last: int) -> dict[int, list[Reaction]]:

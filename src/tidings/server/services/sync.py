@@ -17,14 +17,14 @@ from tidings.server.bus.base import Bus, Notice, Published
 from tidings.server.clock import Clock
 from tidings.server.crypto.keyring import Keyring, StreamCipher, WrappedStreamKey
 from tidings.server.domain.permissions import Permission
-from tidings.server.errors import NotFound, Refusal
+from tidings.server.errors import NotFound, Refusal, StoreUnavailable
 from tidings.server.store import log
-from tidings.server.store.base import BACKEND, Row, Store, Tx
+from tidings.server.store.base import BACKEND, Row, Stale, Store, Tx
 from tidings.wire import limits
 from tidings.wire.commands import Position
 from tidings.wire.resources import Head
 
-from .access import AccessService, Actor
+from .access import ATTEMPTS_MAX, AccessService, Actor
 from .apps import AppContext
 from .counting import unread_of
 from .rendering import render_logged, render_tombstone
@@ -73,7 +73,7 @@ class Moved:
 
 @dataclass(slots=True, frozen=True)
 class StreamHandle:
-    """A stream that the actor may read: everything after `floor`."""
+    """A stream that the actor may read: everything after `floor`, under the access version of a channel."""
 
     app: int
     sid: int
@@ -81,6 +81,7 @@ class StreamHandle:
     epoch: str
     floor: int
     cipher: StreamCipher
+    access_version: int | None = None
 
 
 @dataclass(slots=True, frozen=True)
@@ -132,7 +133,10 @@ class Sync:
         self._keyring = keyring
         self._clock = clock
         self._own: OrderedDict[tuple[int, str], StreamHandle] = OrderedDict()
-        self._waiters: dict[int, set[asyncio.Future[None]]] = {}
+        self._bus = bus
+        self._waiters: dict[int, set[asyncio.Event]] = {}
+        # Where streams that are waited for stood when they were last compared with the store.
+        self._polled: dict[int, int] = {}
         # Long polls that wait at the moment, altogether and by who waits.
         self.polls = 0
         self._polls_of: dict[tuple[int, str], int] = {}
@@ -165,6 +169,25 @@ class Sync:
         # Most users have few channels: those are read at once.
         rows = await self._store.glance(lambda tx: unit(tx, FEW_STREAMS + 1))
         return rows if len(rows) <= FEW_STREAMS else await self._store.read(unit)
+
+    async def joined_at(self, app: int, user: str, sids: list[int]) -> dict[int, int]:
+        """Where channels stood when the user joined them, of those that they are a member of."""
+
+        async def unit(tx: Tx) -> dict[int, int]:
+            found: dict[int, int] = {}
+            for start in range(0, len(sids), 500):
+                chunk = sids[start : start + 500]
+                for sid, seq in await tx.all(
+                    "SELECT m.sid, m.joined_seq FROM members m WHERE m.app=? AND m.user=?"
+                    f" AND m.sid IN ({log.placeholders(chunk)})",
+                    app,
+                    user,
+                    *chunk,
+                ):
+                    found[sid] = seq
+            return found
+
+        return await self._store.read(unit) if sids else {}
 
     async def moved(self, actor: Actor, since_ms: int, mark: str, streams: int) -> Moved:
         """What of a user's streams, about `streams` in number, has moved since the moment of a mark, in one snapshot.
@@ -326,15 +349,28 @@ class Sync:
             return await self._own_handle(actor.app, actor.user)
         access = await self._access.channel(actor, name, Permission.CHANNEL_READ)
         channel = access.channel
-        return StreamHandle(channel.app, channel.sid, channel.id, channel.epoch, access.floor, channel.cipher)
+        return StreamHandle(
+            channel.app,
+            channel.sid,
+            channel.id,
+            channel.epoch,
+            access.floor,
+            channel.cipher,
+            channel.access_version,
+        )
 
     async def read(self, handle: StreamHandle, after: int, limit: int) -> EventPage:
-        """Events after a seq, in order, at most `limit`; tombstones where messages were deleted since."""
+        """Events after a seq, in order, at most `limit`; tombstones where messages were deleted since.
+
+        Raises Stale when who may do what in the channel has changed since the handle was given: ask for it again.
+        """
 
         async def unit(tx: Tx) -> EventPage:
-            stream = await tx.one("SELECT epoch, head FROM streams WHERE sid=?", handle.sid)
+            stream = await tx.one("SELECT epoch, head, access_version FROM streams WHERE sid=?", handle.sid)
             if stream is None:
                 raise NotFound("stream", field="stream")
+            if handle.access_version is not None and stream[2] != handle.access_version:
+                raise Stale
             rows = await log.events_after(tx, handle.app, handle.sid, max(after, handle.floor), limit)
             events = []
             for row in rows:
@@ -344,20 +380,29 @@ class Sync:
                 events.append((row.seq, render_logged(handle.name, row, handle.cipher, tombstone, handle.floor)))
             return EventPage(events, stream[0], stream[1])
 
-        return await self._store.read(unit)
+        try:
+            return await self._store.read(unit)
+        except Stale:
+            self._access.forget_channel(handle.app, handle.name)
+            raise
 
     async def events(self, actor: Actor, name: str, after: int, epoch: str | None, limit: int) -> EventPage:
         """A page of a stream for plain polling. Raises Refusal when the position does not fit."""
-        handle = await self.handle(actor, name)
-        page = await self.read(handle, after, limit)
-        refusal = check_position(handle, page.head, Position(after, epoch))
-        if refusal is not None:
-            raise refusal
-        return page
+        for _ in range(ATTEMPTS_MAX):
+            handle = await self.handle(actor, name)
+            try:
+                page = await self.read(handle, after, limit)
+            except Stale:
+                continue
+            refusal = check_position(handle, page.head, Position(after, epoch))
+            if refusal is not None:
+                raise refusal
+            return page
+        raise StoreUnavailable("the channel's members change too fast")
 
     @contextmanager
-    def waiting(self, actor: Actor, sids: Collection[int]) -> Iterator[asyncio.Future[None]]:
-        """A future that is done as soon as one of the streams is announced to have grown. Enter it before reading what
+    def waiting(self, actor: Actor, sids: Collection[int]) -> Iterator[asyncio.Event]:
+        """An event that is set as soon as one of the streams is announced to have grown. Enter it before reading what
         there is. Raises Refusal `rate_limited` when there are too many: of this user's, or altogether."""
         who = (actor.app.app, actor.user or actor.via)
         bound = POLLS_PER_USER_MAX if actor.user is not None else POLLS_PER_KEY_MAX
@@ -368,14 +413,18 @@ class Sync:
             )
         if self.polls >= POLLS_MAX or self._registered + len(sids) > POLLED_STREAMS_MAX:
             raise Refusal("rate_limited", "Too many long polls on this server.", retry_after_ms=POLLS_RETRY_MS)
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        growth = asyncio.Event()
         self.polls += 1
         self._polls_of[who] = own + 1
         self._registered += len(sids)
         for sid in sids:
-            self._waiters.setdefault(sid, set()).add(future)
+            waiting = self._waiters.get(sid)
+            if waiting is None:
+                waiting = self._waiters[sid] = set()
+                self._bus.follow(sid)
+            waiting.add(growth)
         try:
-            yield future
+            yield growth
         finally:
             self.polls -= 1
             self._registered -= len(sids)
@@ -385,22 +434,42 @@ class Sync:
                 del self._polls_of[who]
             for sid in sids:
                 waiting = self._waiters[sid]
-                waiting.discard(future)
+                waiting.discard(growth)
                 if not waiting:
                     del self._waiters[sid]
+                    self._polled.pop(sid, None)
+                    self._bus.unfollow(sid)
+
+    async def in_place(self) -> None:
+        """What is waited for is heard from now on: what has not been, has been committed."""
+        if self._bus.node:
+            await self._bus.settle()
+
+    @property
+    def polled(self) -> list[int]:
+        """Streams that long polls wait for."""
+        return list(self._waiters)
+
+    def compare_polled(self, heads: dict[int, int]) -> None:
+        """Compare with what the store says: wake who waits for a stream that has grown since the last comparison, or
+        that has not been compared before."""
+        for sid, head in heads.items():
+            if sid in self._waiters and self._polled.get(sid) != head:
+                self._polled[sid] = head
+                self._wake(sid)
+
+    def _wake(self, sid: int) -> None:
+        for growth in self._waiters.get(sid, ()):
+            growth.set()
 
     def wake_all(self) -> None:
         """Answer every long poll: the server is draining."""
-        for futures in list(self._waiters.values()):
-            for future in futures:
-                if not future.done():
-                    future.set_result(None)
+        for sid in list(self._waiters):
+            self._wake(sid)
 
     def _notice(self, notice: Notice) -> None:
         if self._waiters and type(notice) is Published:
-            for future in self._waiters.get(notice.sid, ()):
-                if not future.done():
-                    future.set_result(None)
+            self._wake(notice.sid)
 
     # ------------------------------------------------------------ own streams
 

@@ -198,3 +198,12 @@ async def write_audit(
 def placeholders(values: Any) -> str:
     """`?,?,?` for as many values as there are."""
     return ",".join("?" * len(values))
+
+
+async def count_generation(tx: Tx) -> None:
+    """Tell every node, through the store, that something has changed that it was not told of by the bus: each looks
+    once a second (`Store.changed_elsewhere`)."""
+    await tx.execute(
+        "INSERT INTO meta(name,value) VALUES ('generation','1')"
+        " ON CONFLICT (name) DO UPDATE SET value=CAST(CAST(meta.value AS BIGINT)+1 AS TEXT)"
+    )
