@@ -21,7 +21,7 @@ const save = () => {
 };
 
 // ------------------------------------------------------------------ one connection
-let socket, open, moved, cursor, waiting, gaps, heard, tries = 0, refs = 0;
+let socket, open, moved, later, waiting, gaps, heard, tries = 0, refs = 0;
 const timers = [];
 
 const send = (frame) => {
@@ -32,6 +32,9 @@ const send = (frame) => {
 function connect() {
   open = false;
   moved = [];
+  later = [];
+  // The first connection broke before everything was known: it begins anew.
+  if (state.mark === undefined) state.pos = {};
   waiting = new Map(); // ref -> what to do with the reply
   gaps = new Set(); // streams that a sync is under way for
   heard = Date.now();
@@ -72,7 +75,7 @@ function handle(frame) {
       timers.push(setInterval(acknowledge, 1000));
       return learn(frame, frame.mark);
     case "pong":
-      state.mark = frame.mark;
+      if (state.mark !== undefined) state.mark = frame.mark;
       return save();
     case "syncing":
       for (const [stream, refusal] of Object.entries(frame.refused ?? {})) refused(stream, refusal);
@@ -80,6 +83,7 @@ function handle(frame) {
     case "synced":
       gaps.delete(frame.stream);
       if (state.pos[frame.stream]) state.pos[frame.stream].epoch = frame.epoch;
+      if (frame.stream === "@me") syncAll(later.splice(0));
       return save();
     case "error":
       return console.error(`${frame.code}: ${frame.detail}`);
@@ -87,23 +91,53 @@ function handle(frame) {
   if (frame.stream !== undefined && frame.seq !== undefined) event(frame);
 }
 
-// Streams that moved since the mark, page by page; then all of them are named in `sync`, and we are live.
+// Streams that moved since the mark, page by page, are held until they are named in `sync`; then we are live.
 function learn(page, mark) {
   moved.push(...(page.moved ?? []));
   if (page.more) {
     waiting.set(send({ type: "heads", since: state.mark, cursor: page.more }), (next) => learn(next, mark));
     return;
   }
-  for (const { stream, head, epoch } of moved) state.pos[stream] ??= { seq: head, epoch };
-  for (let start = 0; start < moved.length; start += 1000)
-    sync(moved.slice(start, start + 1000).map((head) => head.stream));
+  if (state.mark === undefined) return list(mark);
+  begin(moved);
+  const streams = moved.map((head) => head.stream);
+  later = streams.filter((stream) => stream !== "@me");
+  // The own stream first: it tells which channels were left and joined meanwhile.
+  if (streams.includes("@me")) sync(["@me"]);
+  else syncAll(later.splice(0));
+  ready(mark);
+}
+
+// A fresh device: all there is, and from there on what changes.
+function list(mark, cursor, all = []) {
+  waiting.set(send({ type: "heads", cursor }), (page) => {
+    if (page.type === "error") return socket.close();
+    all.push(...page.moved);
+    if (page.more) return list(mark, page.more, all);
+    // From the places in the list on, so that nothing falls between; of the channel that is shown, all there is.
+    begin(all.filter(({ stream }) => stream !== channel));
+    later = all.map(({ stream }) => stream).filter((stream) => stream !== "@me" && stream !== channel);
+    sync(["@me"]);
+    startOver(channel);
+    ready(mark);
+  });
+}
+
+function ready(mark) {
   state.mark = mark;
-  // A fresh device: show what is there, and go on from it.
-  if (!state.pos[channel]) startOver(channel);
   open = true;
   tries = 0;
   save();
   state.outbox.forEach(transmit);
+}
+
+function begin(heads) {
+  for (const { stream, head, epoch } of heads) state.pos[stream] ??= { seq: head, epoch };
+}
+
+function syncAll(streams) {
+  for (let start = 0; start < streams.length; start += 1000)
+    sync(streams.slice(start, start + 1000).filter((stream) => state.pos[stream]));
 }
 
 function sync(streams) {
@@ -112,13 +146,17 @@ function sync(streams) {
 }
 
 function event(frame) {
+  // It is not known yet where we are: it comes again.
+  if (state.mark === undefined || (!state.pos[frame.stream] && gaps.has(frame.stream))) return;
   const pos = (state.pos[frame.stream] ??= { seq: frame.seq - 1 });
   if (frame.seq <= pos.seq) return; // We have it.
   if (frame.seq > pos.seq + 1) return gaps.has(frame.stream) || sync([frame.stream]);
   pos.seq = frame.seq;
   if (frame.type === "channel.joined") {
     const { channel: joined, head, epoch } = frame.data;
-    state.pos[joined] = { seq: head, epoch };
+    // A position that is further came from the channel itself.
+    if (!(state.pos[joined]?.seq >= head)) state.pos[joined] = { seq: head, epoch };
+    sync([joined]);
   }
   if (frame.type === "channel.left") delete state.pos[frame.data.channel];
   if (frame.type === "message.created" && frame.stream === channel) show(frame.data);
@@ -126,6 +164,7 @@ function event(frame) {
 }
 
 function refused(stream, { code }) {
+  if (code === "unavailable" || code === "internal") return void setTimeout(() => open && sync([stream]), 1000);
   delete state.pos[stream];
   if (code !== "not_found") startOver(stream);
 }

@@ -314,10 +314,11 @@ class Following:
         stream = self.streams.get(joined.channel)
         if stream is None:
             stream = self.streams.adopt_head(joined.channel, joined.epoch, joined.head)
-            # From a replay: the server may be holding the channel until it is named.
-            stream.behind = own.asked or stream.received < joined.head
+            # The two streams are independent: what came of the channel before it was known to be ours did not count, and
+            # the server may be holding it until it is named.
+            stream.behind = True
             self._touch(stream)
-            if stream.behind and self._wire.opened:
+            if self._wire.opened:
                 self.resync()
         else:
             stream.learn_epoch(joined.epoch)

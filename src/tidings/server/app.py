@@ -43,6 +43,7 @@ from tidings.server.services.receipts import Receipts
 from tidings.server.services.sync import Sync
 from tidings.server.services.tokens import TokenVerifier
 from tidings.server.services.users import Users
+from tidings.server.store.base import Store
 from tidings.server.store.sqlite import SqliteStore
 from tidings.server.tasks import Tasks
 from tidings.server.telemetry import Metrics, get_logger, watch_event_loop
@@ -73,6 +74,14 @@ class Core:
     keyring: Keyring
     changes: Changes
     metrics: Metrics
+    jwks: JwksCache
+
+    async def close(self) -> None:
+        """Let go of what it holds, the store last."""
+        await self.services.auth.close()
+        await self.jwks.aclose()
+        await self.bus.close()
+        await self.services.store.close()
 
 
 @asynccontextmanager
@@ -108,6 +117,17 @@ async def open_core(
     except BaseException:
         await store.close()
         raise
+    core = compose(config, store=store, bus=bus, keyring=keyring, clock=clock, ids=ids, metrics=metrics)
+    try:
+        yield core
+    finally:
+        await core.close()
+
+
+def compose(
+    config: Config, *, store: Store, bus: Bus, keyring: Keyring, clock: Clock, ids: Ids, metrics: Metrics
+) -> Core:
+    """The use-cases over a store and a bus, whichever they are."""
     changes = Changes(store, bus)
     apps = Apps(store, keyring)
     policy = OutboundPolicy(hosts=tuple(config.jwks_allow_hosts))
@@ -133,13 +153,7 @@ async def open_core(
         sync=sync,
         bus=bus,
     )
-    try:
-        yield Core(services, bus, keyring, changes, metrics)
-    finally:
-        await auth.close()
-        await jwks.aclose()
-        await bus.close()
-        await store.close()
+    return Core(services, bus, keyring, changes, metrics, jwks)
 
 
 async def open_bus(config: Config, ids: Ids, metrics: Metrics) -> Bus:

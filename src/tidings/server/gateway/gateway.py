@@ -20,7 +20,7 @@ from tidings.server.services.access import Actor
 from tidings.server.services.apps import AppContext
 from tidings.server.services.messages import Edit
 from tidings.server.services.receipts import RECEIPTS_MEMBERS_MAX
-from tidings.server.services.sync import OWN_STREAM, StreamHandle, check_position, read_mark
+from tidings.server.services.sync import OWN_STREAM, StreamHandle, check_position, make_mark, read_mark
 from tidings.server.services.users import SEEN_BATCH
 from tidings.server.store.base import Stale
 from tidings.server.tasks import Tasks
@@ -94,6 +94,8 @@ TYPING_SHOWN_MS: Final = 6_000
 # How often what idle streams should hold is compared with the store, seconds.
 RECHECK_SECONDS: Final = 1.0
 SEEN_SECONDS: Final = 1.0
+# The mark of somebody of whom nothing is known to have arrived: everything has moved since.
+NO_MARK: Final = make_mark(0)
 
 
 class HistoryPage(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, tag_field="type", tag="history"):
@@ -231,6 +233,10 @@ class Gateway:
         self.hub.recheck(await self.sync.heads_of(sids))
 
     def _unsure(self, subscriber: Subscriber) -> None:
+        # What is remembered of their access may be from before what we have not heard of.
+        self.access.forget_user(subscriber.app, subscriber.user)
+        # Nobody may be here now: who comes next reads their memberships anew.
+        subscriber.known = False
         if subscriber.peers and not self.draining:
             self._to_reconcile[subscriber] = None
             if self._reconciling is None or self._reconciling.done():
@@ -429,6 +435,10 @@ class Gateway:
             else:
                 refused[name] = StreamRefused("not_found", "There is no such stream, or you may not see it.")
         connection.guarded = actor.app.blind_roles
+        if connection.behind:
+            # What is still on its way may not arrive: the next connection has to begin where this one did. `pong` tells
+            # a newer mark once nothing is missing.
+            mark = command.since or NO_MARK
         connection.last_mark = mark
         connection.entering = False
         connection.paused = connection.transport_paused or connection.withheld
@@ -507,10 +517,29 @@ class Gateway:
             except Refusal as refusal:
                 refused[name] = StreamRefused(refusal.code, refusal.detail)
                 continue
+            subscriber = connection.subscriber
+            if subscriber is not None and handle.sid not in subscriber.streams:
+                # The store says that it is theirs to read, and we have not heard that they have joined it.
+                try:
+                    subscriber.known = False
+                    await self._load(subscriber, actor, heard=True)
+                except Refusal as refusal:
+                    refused[name] = StreamRefused(refusal.code, refusal.detail)
+                    continue
             stream = connection.streams.get(handle.sid)
             if stream is None:
                 refused[name] = StreamRefused("not_found", "There is no such stream, or you may not see it.")
                 continue
+            if position.seq > stream.head:
+                # It may have come through another node, and is on its way here: only the store knows.
+                try:
+                    self.hub.recheck(await self.sync.heads_of([handle.sid]))
+                except Refusal as refusal:
+                    refused[name] = StreamRefused(refusal.code, refusal.detail)
+                    continue
+                if connection.streams.get(handle.sid) is not stream:
+                    refused[name] = StreamRefused("not_found", "There is no such stream, or you may not see it.")
+                    continue
             problem = check_position(handle, stream.head, position)
             if problem is not None and problem.code == "position_ahead":
                 # The client may have heard on another node what has not come through here.
@@ -659,6 +688,8 @@ class Gateway:
                 return await self._sync(connection, actor, command)
             case Heads():
                 moved, more, mark = await self.sync.heads(actor, command.since, command.cursor, command.limit)
+                # Not newer than what is known to have arrived.
+                mark = connection.last_mark if connection.behind else mark
                 return encode(HeadsReply(ref=ref, mark=mark, moved=moved, more=more))
             case Hold():
                 connection.withhold(command.on)

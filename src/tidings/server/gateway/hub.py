@@ -165,7 +165,7 @@ class Stream:
         self.name = name
         self.epoch = epoch
         self.head = head
-        self.subscribers: set[Subscriber] = set()
+        self.subscribers: dict[Subscriber, None] = {}
         # The peers of the subscribers, as they were in this turn of the hub: see `Hub.peers`.
         self.peers: list[Peer] = []
         self.turn = -1
@@ -195,7 +195,7 @@ class Hub:
         self._idle: dict[Subscriber, None] = {}
         self._kept = 0
         # Those whose memberships are being read.
-        self._loading: set[Subscriber] = set()
+        self._loading: dict[Subscriber, None] = {}
         self._doubts = 0
         # Grows with every peer that comes or goes.
         self._turn = 0
@@ -245,7 +245,7 @@ class Hub:
         elif head > stream.head:
             # The snapshot knows more than came through here: whoever listens already must read it from the log.
             self._put_behind(stream, head)
-        stream.subscribers.add(subscriber)
+        stream.subscribers[subscriber] = None
         stream.turn = -1
         if sid not in subscriber.streams:
             subscriber.streams[sid] = stream
@@ -280,7 +280,7 @@ class Hub:
             peer.unsubscribed(stream)
 
     def _unlisten(self, subscriber: Subscriber, stream: Stream) -> None:
-        stream.subscribers.discard(subscriber)
+        stream.subscribers.pop(subscriber, None)
         stream.turn = -1
         if not stream.subscribers:
             self.streams.pop(stream.sid, None)
@@ -328,7 +328,7 @@ class Hub:
         """The user's memberships are being read from now on; what to give to `loaded`."""
         if not subscriber.loading:
             subscriber.told = set()
-            self._loading.add(subscriber)
+            self._loading[subscriber] = None
         subscriber.loading += 1
         return self._doubts
 
@@ -350,7 +350,7 @@ class Hub:
         subscriber.loading -= 1
         if not subscriber.loading:
             subscriber.told = None
-            self._loading.discard(subscriber)
+            self._loading.pop(subscriber, None)
 
     def reconcile(self, subscriber: Subscriber, memberships: dict[int, Membership], joined: dict[int, int]) -> None:
         """A snapshot since `load` had these memberships: make good what was not heard, for peers that are there.

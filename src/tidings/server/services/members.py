@@ -171,7 +171,7 @@ class Members:
             after = await self._row(tx, access, user)
             return Change(
                 render_member(after, receipts=receipts),
-                (published, AccessChanged(channel.app, sid=channel.sid, channel=channel.id)),
+                (AccessChanged(channel.app, sid=channel.sid, channel=channel.id), published),
             )
 
         return await with_keys(
@@ -227,7 +227,9 @@ class Members:
                 by=access.actor.user,
                 mark=mark,
             )
-            notices.append(AccessChanged(channel.app, sid=channel.sid, channel=channel.id))
+            # What is remembered about access goes first: another node hears these one by one, and whoever is told that
+            # they have joined reads the channel in between.
+            notices.insert(0, AccessChanged(channel.app, sid=channel.sid, channel=channel.id))
             for user in new:
                 row = await member_of(tx, channel.app, channel.sid, user)
                 if row is not None:

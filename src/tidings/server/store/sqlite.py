@@ -67,7 +67,7 @@ class SqliteTx:
         self._executemany(sql, rows)
 
 
-def _drive(unit: Unit[T], tx: SqliteTx) -> T:
+def run_unit(unit: Unit[T], tx: SqliteTx) -> T:
     """Run a unit to its end without an event loop: nothing it may await ever suspends."""
     coroutine = unit(tx).__await__()
     try:
@@ -83,7 +83,7 @@ def _read_from(connection: sqlite3.Connection, unit: Unit[T]) -> T:
     try:
         connection.execute("BEGIN")
         try:
-            return _drive(unit, SqliteTx(connection))
+            return run_unit(unit, SqliteTx(connection))
         finally:
             connection.execute("ROLLBACK")
     except sqlite3.OperationalError as error:
@@ -286,7 +286,7 @@ class SqliteStore:
     def _attempt(connection: sqlite3.Connection, work: _Work) -> Any:
         connection.execute("SAVEPOINT unit")
         try:
-            result = _drive(work.unit, SqliteTx(connection))
+            result = run_unit(work.unit, SqliteTx(connection))
         except sqlite3.OperationalError:
             raise  # The database itself is in trouble: the whole batch fails.
         except Exception as error:
