@@ -144,7 +144,7 @@ class Gateway:
         self.tasks = Tasks("gateway")
         # None on the only node there is.
         self.nodes = Nodes(self) if bus.node else None
-        self.hub = Hub(asyncio.get_running_loop(), interest=self.nodes, on_flush=self._flushed, on_unsure=self._unsure)
+        self.hub = Hub(asyncio.get_running_loop(), interest=self.nodes, on_flush=self._flushed, on_unsure=self.unsure)
         self.presence = PresenceBoard(
             services.store, self.hub, bus, clock, self.tasks, grace_seconds=config.presence_grace_seconds
         )
@@ -232,7 +232,8 @@ class Gateway:
         sids = list(self.hub.streams)
         self.hub.recheck(await self.sync.heads_of(sids))
 
-    def _unsure(self, subscriber: Subscriber) -> None:
+    def unsure(self, subscriber: Subscriber) -> None:
+        """What we know of the user's memberships may be wrong: ask the store, in the background."""
         # What is remembered of their access may be from before what we have not heard of.
         self.access.forget_user(subscriber.app, subscriber.user)
         # Nobody may be here now: who comes next reads their memberships anew.

@@ -12,7 +12,7 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from tidings.server.bus.base import Arrived, Lost, Notice, Used
+from tidings.server.bus.base import Arrived, Joined, Left, Lost, Notice, Used
 from tidings.server.errors import Refusal
 from tidings.server.store.log import count_generation
 from tidings.server.telemetry import get_logger
@@ -157,6 +157,12 @@ class Nodes:
             self._lost = True
         elif isinstance(notice, Arrived):
             self._arrived(notice)
+        elif isinstance(notice, Joined | Left):
+            # Two nodes may have changed the same membership, and what they say come in another order than it was done.
+            # It counts at once, and then the store is asked.
+            subscriber = self._gateway.hub.users.get((notice.app, notice.user or ""))
+            if subscriber is not None and self._bus.node:
+                self._gateway.unsure(subscriber)
         elif isinstance(notice, Used) and notice.node != self._bus.node:
             limiter, now = self._gateway.limiter, self._gateway.clock.monotonic()
             for app, via, units in notice.taken:
