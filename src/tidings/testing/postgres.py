@@ -310,7 +310,9 @@ def _children(parent: int) -> list[int]:
 def _reachable(path: Path) -> bool:
     """Whether a user without rights can run what is in there."""
     path = path.resolve()
-    return all(folder.stat().st_mode & 0o001 for folder in [path, path / "bin", path / "bin" / "postgres", *path.parents])
+    return all(
+        folder.stat().st_mode & 0o001 for folder in [path, path / "bin", path / "bin" / "postgres", *path.parents]
+    )
 
 
 def _open_way(folder: Path) -> None:
