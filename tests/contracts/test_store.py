@@ -16,7 +16,7 @@ from tests.postgres import fresh_database
 from tidings.server.errors import UnsafeStore
 from tidings.server.store.base import Store, Tx
 from tidings.server.store.migrations import migrate
-from tidings.server.store.postgres import PostgresStore, count_generation
+from tidings.server.store.postgres import PostgresStore
 from tidings.server.store.postgres import connect as connect_postgres
 from tidings.server.store.sqlite import SqliteStore, check_safety, connect
 
@@ -69,13 +69,12 @@ class PostgresSite:
         return store
 
     async def outside(self, sql: str) -> None:
-        async def unit(tx: Tx) -> None:
-            await tx.execute(sql)
-            await count_generation(tx)
+        async def unit(tx: Tx) -> int:
+            return await tx.execute(sql)
 
-        store = await PostgresStore.open(self.url, allow_unsafe=True)
-        await store.run(unit)
-        await store.close()
+        command = await PostgresStore.open(self.url, allow_unsafe=True, on_bus=False)
+        await command.run(unit)
+        await command.close()
 
     async def fail(self, store: Store) -> None:
         # Found out at the commit, with the server's own code for a full disk.

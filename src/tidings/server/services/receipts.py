@@ -348,7 +348,8 @@ class Receipts:
 
         async def unit(tx: Tx) -> UnreadTotal:
             total = await tx.one(
-                f"SELECT coalesce(sum(unread),0), coalesce(sum(mentions),0) FROM ({counted}) q",
+                "SELECT CAST(coalesce(sum(unread),0) AS BIGINT), CAST(coalesce(sum(mentions),0) AS BIGINT)"
+                f" FROM ({counted}) q",
                 app,
                 user,
                 now,

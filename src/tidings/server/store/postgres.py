@@ -58,7 +58,7 @@ IDLE_IN_TRANSACTION_MS: Final = 10_000
 VERSION_MIN: Final = 150_000
 # Of `synchronous_commit`: those that have the commit on this server's disk, and on its replicas where there are some.
 SAFE_COMMITS: Final = frozenset({"on", "remote_apply"})
-# The row of `meta` that whoever changes something without a bus counts up.
+# The row of `meta` that whoever changes something and is not on the bus counts up.
 GENERATION: Final = "generation"
 
 _TOKEN: Final = re.compile(r"""'(?:[^']|'')*'|"[^"]*"|\?|(?<![\w.])user(?!\w)""")
@@ -276,8 +276,16 @@ async def check_safety(connection: Connection, *, allow: bool) -> None:
 class PostgresStore:
     """The `Store` port over a PostgreSQL database. Make it with `open`, inside the running event loop."""
 
-    def __init__(self, pool: Pool, append_pool: Pool, *, observe: Callable[[int, float], None] | None = None) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        append_pool: Pool,
+        *,
+        on_bus: bool = True,
+        observe: Callable[[int, float], None] | None = None,
+    ) -> None:
         self._pool = pool
+        self._on_bus = on_bus
         self._append_pool = append_pool
         self._flights_max = append_pool.get_max_size()
         self._observe = observe
@@ -303,12 +311,14 @@ class PostgresStore:
         *,
         connections: int = 10,
         append_connections: int = 4,
-        statement_seconds: float = 10.0,
+        statement_seconds: float = 5.0,
         asynchronous: bool = False,
         allow_unsafe: bool = False,
+        on_bus: bool = True,
         observe: Callable[[int, float], None] | None = None,
     ) -> PostgresStore:
         """Connect and check. `asynchronous` commits without waiting for the disk, which needs `allow_unsafe`.
+        Not `on_bus`: what it commits is announced to nobody, so nodes are to look again (`changed_elsewhere`).
 
         Raises UnsafeStore, StoreUnavailable.
         """
@@ -354,7 +364,7 @@ class PostgresStore:
             await prepare(first)
         finally:
             await first.close()
-        made = cls(await pool(connections), await pool(append_connections), observe=observe)
+        made = cls(await pool(connections), await pool(append_connections), on_bus=on_bus, observe=observe)
         made._seen_generation = await made.read(_generation)
         return made
 
@@ -404,10 +414,10 @@ class PostgresStore:
             self._ended()
 
     async def changed_elsewhere(self) -> bool:
-        """Whether somebody without a bus has counted up the generation (`count_generation`) since the last call.
+        """Whether somebody who is not on the bus has committed since the last call.
 
-        Commits of other nodes are everyday life here, and their notices travel by the bus. What has no bus is an
-        operator's command, and those say so.
+        Commits of other nodes are everyday life here, and their notices travel by the bus. An operator's command has no
+        bus: it counts up the generation in `meta`, in the transaction of what it changes.
         """
         if self._closed:
             return False
@@ -622,6 +632,8 @@ class PostgresStore:
                 raise _CutBefore(f"{type(error).__name__}: {error}") from error
             try:
                 value = await _drive(unit, PostgresTx(lambda sid, seq: order.took(ticket, sid, seq)), connection)
+                if not self._on_bus:
+                    await _drive(_count_generation, PostgresTx(), connection)
             except BaseException:
                 await _roll_back(connection)
                 raise
@@ -709,9 +721,7 @@ async def _generation(tx: Tx) -> str | None:
     return None if row is None else str(row[0])
 
 
-async def count_generation(tx: Tx) -> None:
-    """Tell nodes, inside a unit, that what they remember may be out of date: for whoever changes something and is on
-    no bus."""
+async def _count_generation(tx: Tx) -> None:
     await tx.execute(
         "INSERT INTO meta(name,value) VALUES (?,'1')"
         " ON CONFLICT (name) DO UPDATE SET value=CAST(CAST(meta.value AS BIGINT)+1 AS TEXT)",
