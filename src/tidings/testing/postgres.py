@@ -316,9 +316,14 @@ def _reachable(path: Path) -> bool:
 
 
 def _open_way(folder: Path) -> None:
-    """Let others pass through what was made for this test alone; what stands in it has modes of its own."""
+    """Let others pass through what was made for this alone: the folder, the one around it, and temporary ones above.
+    What stands in it has modes of its own. Raises PostgresFailed where the way is barred further up."""
     temporary = Path(tempfile.gettempdir()).resolve()
-    for path in [folder.resolve(), *folder.resolve().parents]:
-        if path == temporary or not path.is_relative_to(temporary):
-            return
-        path.chmod(path.stat().st_mode | 0o011)
+    way = [folder.resolve(), *folder.resolve().parents]
+    for place, path in enumerate(way):
+        if place < 2 or (path != temporary and path.is_relative_to(temporary)):
+            path.chmod(path.stat().st_mode | 0o011)
+        elif not path.stat().st_mode & 0o001:
+            raise PostgresFailed(
+                f"PostgreSQL will not run as root, and nobody else may pass {path}: use another folder"
+            )
