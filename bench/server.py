@@ -119,8 +119,11 @@ async def fresh_server(store: str | None = None) -> AsyncIterator[BenchServer]:
 @contextmanager
 def fresh_postgres() -> Iterator[PostgresProcess]:
     """A running PostgreSQL with an empty database, on the disk under test and with every commit on it."""
-    with scratch() as folder, PostgresProcess(folder / "postgres", settings={"shared_buffers": "256MB"}) as postgres:
-        yield postgres
+    with scratch() as folder:
+        # PostgreSQL gives up root, and must pass.
+        folder.chmod(0o711)
+        with PostgresProcess(folder / "postgres", settings={"shared_buffers": "256MB"}) as postgres:
+            yield postgres
 
 
 def raise_file_limit() -> int:

