@@ -955,14 +955,6 @@ MUTANTS: list[Mutant] = [
         tests=["tests/store/test_postgres.py", "-k", "answer_is_lost"],
     ),
     Mutant(
-        check="D21",
-        why="PostgreSQL: a connection with an answer still to come is used again",
-        file="src/tidings/server/store/postgres.py",
-        old="    if lost:\n        _terminate(connection)\n",
-        new="",
-        tests=["tests/store/test_postgres.py", "-k", "test_d21_"],
-    ),
-    Mutant(
         check="order",
         why="a unit is told before the batch with the lower number",
         file="src/tidings/server/store/commits.py",

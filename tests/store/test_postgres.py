@@ -195,6 +195,22 @@ async def test_d7_repeats_that_race_on_two_nodes_are_stored_once(url: str, store
     await other.close()
 
 
+async def test_d7_a_repeat_that_waited_behind_its_first_try_gets_its_result(url: str, store: PostgresStore) -> None:
+    other = await open_store(url)
+    holder = await asyncpg.connect(url)
+    async with holder.transaction():
+        await holder.execute("SELECT 1 FROM streams WHERE sid=1 FOR UPDATE")
+        # Both have begun, and see a database without the message, when one of them stores it.
+        copies = [submit(node, 1, "same") for node in (store, other)]
+        while len(await query(store, "SELECT 1 FROM pg_locks WHERE NOT granted")) < 2:
+            await asyncio.sleep(0.01)  # why: the pace of a loop that looks at a condition
+    first, second = await asyncio.gather(*copies)
+    assert (first.message_id, first.seq) == (second.message_id, second.seq)
+    assert {first.duplicate, second.duplicate} == {True, False}
+    await holder.close()
+    await other.close()
+
+
 async def test_batches_and_changes_on_many_streams_never_wait_for_each_other_in_a_circle(
     url: str, store: PostgresStore
 ) -> None:
@@ -399,6 +415,25 @@ async def test_d21_waiting_for_a_lock_ends_and_nothing_is_stored(url: str) -> No
     assert (await submit(store, 1, "held")).seq == 1
     await holder.close()
     await store.close()
+
+
+async def test_d21_who_waited_too_long_behind_a_stuck_batch_is_told_so(
+    url: str, store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres, "QUEUE_SECONDS", 0.05)
+    holder = await asyncpg.connect(url)
+    async with holder.transaction():
+        await holder.execute("SELECT 1 FROM streams WHERE sid=1 FOR UPDATE")
+        stuck = submit(store, 1, "stuck")
+        await asyncio.sleep(0)
+        behind, began = submit(store, 1, "behind"), asyncio.get_running_loop().time()
+        while asyncio.get_running_loop().time() - began <= postgres.QUEUE_SECONDS:
+            assert (await submit(store, 2, f"{asyncio.get_running_loop().time()}")).seq
+    assert (await stuck).seq == 1
+    with pytest.raises(StoreUnavailable, match="keep up"):
+        await behind
+    assert (await submit(store, 1, "behind")).seq == 2
+    await holder.close()
 
 
 async def test_d21_when_all_connections_are_taken_the_next_is_told_so(

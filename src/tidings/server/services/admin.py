@@ -513,6 +513,7 @@ class Admin:
         line = self._line(actor, Action.ROLE_PUT, f"role:{scope}/{name}", grants=words)
 
         async def unit(tx: Tx) -> Change[None]:
+            await _lock_rules(tx, app)
             row = await tx.one("SELECT grants FROM roles WHERE app=? AND scope=? AND name=?", app, scope, name)
             check_held(actor, Grants(mask & ~role_mask(row, scope, name)), "grants")
             if row is None:
@@ -546,6 +547,7 @@ class Admin:
         line = self._line(actor, Action.ROLE_DELETED, f"role:{scope}/{name}")
 
         async def unit(tx: Tx) -> Change[None]:
+            await _lock_rules(tx, app)
             row = await tx.one("SELECT grants FROM roles WHERE app=? AND scope=? AND name=?", app, scope, name)
             if row is None:
                 raise NotFound("role")
@@ -605,6 +607,7 @@ class Admin:
         line = self._line(actor, Action.TYPE_PUT, f"channel_type:{name}")
 
         async def unit(tx: Tx) -> Change[None]:
+            await _lock_rules(tx, app)
             own: dict[str, str] = dict(
                 await tx.all("SELECT name,grants FROM roles WHERE app=? AND scope='channel'", app)
             )
@@ -646,6 +649,7 @@ class Admin:
         line = self._line(actor, Action.TYPE_DELETED, f"channel_type:{name}")
 
         async def unit(tx: Tx) -> Change[None]:
+            await _lock_rules(tx, app)
             # Deleted channels count: their history is still read under the rules of their type.
             if await tx.one("SELECT id FROM channels WHERE app=? AND type=? LIMIT 1", app, name) is not None:
                 raise Refusal("conflict", "There are channels of this type.")
@@ -850,6 +854,11 @@ async def insert_signing_key(
 
 
 # ---------------------------------------------------------------- checks
+
+
+async def _lock_rules(tx: Tx, app: int) -> None:
+    """One change at a time to an app's roles and types: each is judged by what the others hold at that moment."""
+    await tx.one("SELECT app FROM apps WHERE app=?" + tx.for_update, app)
 
 
 async def _check_room(tx: Tx, count: str, *values: Any, bound: int, what: str) -> None:

@@ -52,6 +52,11 @@ STATEMENTS_MAX: Final = 1_024
 CONNECT_SECONDS: Final = 5.0
 # What the client waits beyond the server's own limit on a statement, seconds, before it takes the server for gone.
 GRACE_SECONDS: Final = 2.0
+# How long a message may wait for a batch to take it, and a unit may take up to its COMMIT, seconds. With the time that
+# one more statement may take, both stay within the ten seconds by which clients' marks lie back: what became visible
+# later than that, a client that connects could miss until the next event.
+QUEUE_SECONDS: Final = 4.0
+UNIT_SECONDS: Final = 8.0
 # A transaction whose node has stopped in the middle is ended by the server: its locks hold up others. Milliseconds.
 IDLE_IN_TRANSACTION_MS: Final = 10_000
 # The oldest PostgreSQL that still gets fixes, and that the tests' features are sure to be in.
@@ -298,6 +303,8 @@ class PostgresStore:
         self._ready: OrderedDict[int, deque[Append]] = OrderedDict()
         self._busy: dict[int, deque[Append]] = {}
         self._ready_count = 0
+        # Since when the first of each line has been waiting, on the loop's clock.
+        self._since: dict[int, float] = {}
         self._flights: dict[Flight, float] = {}
         self._launching: asyncio.Handle | None = None
         self._patience: asyncio.TimerHandle | None = None
@@ -381,6 +388,8 @@ class PostgresStore:
             if line is None:
                 line = self._ready[item.sid] = deque()
             self._ready_count += 1
+        if not line:
+            self._since[item.sid] = self._loop.time()
         line.append(item)
         if self._launching is None:
             # What comes in the same tick of the loop leaves together.
@@ -463,15 +472,24 @@ class PostgresStore:
     def _take_off(self) -> None:
         items: list[Append] = []
         sids = []
+        now = self._loop.time()
         while self._ready and len(items) < BATCH_MAX:
             sid, line = self._ready.popitem(last=False)
-            size = min(len(line), BATCH_MAX - len(items))
             self._ready_count -= len(line)
+            if now - self._since.pop(sid) > QUEUE_SECONDS:
+                self._refuse(line, "the database does not keep up")
+                continue
+            size = min(len(line), BATCH_MAX - len(items))
             items += [line.popleft() for _ in range(size)]
+            if line:
+                self._since[sid] = now
             self._busy[sid] = line
             sids.append(sid)
+        if not items:
+            self._wake()
+            return
         flight = Flight(frozenset(sids))
-        self._flights[flight] = self._loop.time()
+        self._flights[flight] = now
         self._order.started(flight)
         self._tasks.spawn(self._fly(flight, items), "batch")
 
@@ -555,12 +573,18 @@ class PostgresStore:
 
     def _refuse_waiting(self) -> None:
         """The database is out of reach: who waits behind is told now, not after everybody's turn at finding out."""
-        waiting = [item for line in self._ready.values() for item in line]
+        lines = list(self._ready.values())
+        for sid in self._ready:
+            del self._since[sid]
         self._ready.clear()
         self._ready_count = 0
-        for item in waiting:
+        for line in lines:
+            self._refuse(line, "the database is out of reach")
+
+    def _refuse(self, line: deque[Append], why: str) -> None:
+        for item in line:
             try:
-                item.done(StoreUnavailable("the database is out of reach"))
+                item.done(StoreUnavailable(why))
             except Exception as error:
                 self._report(error)
 
@@ -634,9 +658,10 @@ class PostgresStore:
                     raise
                 raise _CutBefore(f"{type(error).__name__}: {error}") from error
             try:
-                value = await _drive(unit, PostgresTx(lambda sid, seq: order.took(ticket, sid, seq)), connection)
-                if not self._on_bus:
-                    await _drive(_count_generation, PostgresTx(), connection)
+                async with asyncio.timeout(UNIT_SECONDS):
+                    value = await _drive(unit, PostgresTx(lambda sid, seq: order.took(ticket, sid, seq)), connection)
+                    if not self._on_bus:
+                        await _drive(_count_generation, PostgresTx(), connection)
             except BaseException as error:
                 if not _drop(connection, error):
                     await _roll_back(connection)
