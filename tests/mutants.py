@@ -510,8 +510,8 @@ MUTANTS: list[Mutant] = [
         check="D15",
         why="what is told is the acknowledging device's position, not the member's",
         file="src/tidings/server/services/receipts.py",
-        old="moved.append((sid, user, row[0], row[1]))",
-        new="moved.append((sid, user, seq, row[1]))",
+        old="max(at, delivered[app, sid, user]), read)",
+        new="delivered[app, sid, user], read)",
         tests=["tests/checks/test_d10_to_d16_resume.py", "-k", "test_d15_"],
     ),
     Mutant(
