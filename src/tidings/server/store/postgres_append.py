@@ -8,7 +8,7 @@ head; write messages, outbox, mentions, heads and the senders' positions. The ru
 The key lookup sees the database as it was when the statement began, the locked rows as they are. So a repeat that
 another node stored in between is not seen, and inserting it breaks the unique key: the whole statement fails, nothing
 is stored, and the batch is tried again behind a lock that was taken *before* the statement began (LOCK). Why it is one
-statement: docs/decisions/0011.
+statement: docs/decisions/0012.
 """
 
 from __future__ import annotations
