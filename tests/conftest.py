@@ -12,7 +12,6 @@ from tests import postgres
 ON_BOTH = frozenset(
     {
         "services/test_messages.py",
-        "services/test_members.py",
         "services/test_receipts.py",
         "services/test_counting.py",
         "services/test_sync.py",
@@ -20,7 +19,6 @@ ON_BOTH = frozenset(
         "services/test_admin.py",
         "api/test_messages.py",
         "gateway/test_catch_up.py",
-        "gateway/test_receipts.py",
     }
 )
 

@@ -45,9 +45,10 @@ FLIGHT_MIN: Final = 64
 FLIGHT_PATIENCE: Final = 0.010
 # How often a unit or batch that lost to another (a deadlock, a repeat stored elsewhere) is tried anew.
 ATTEMPTS_MAX: Final = 5
-# Statements kept prepared on each connection, and translations kept: the services hold some 300 texts; lists of ids
-# make more.
-STATEMENTS_MAX: Final = 1_024
+# Translations kept: the services hold some 300 texts; lists of ids make more.
+TRANSLATIONS_MAX: Final = 1_024
+# Statements kept prepared on each connection: the database holds a plan of some 20 KB for each.
+PREPARED_MAX: Final = 256
 # Time for a new connection, seconds: three round trips around the world, and scram.
 CONNECT_SECONDS: Final = 5.0
 # What the client waits beyond the server's own limit on a statement, seconds, before it takes the server for gone.
@@ -69,7 +70,7 @@ GENERATION: Final = "generation"
 _TOKEN: Final = re.compile(r"""'(?:[^']|'')*'|"[^"]*"|\?|(?<![\w.])user(?!\w)""")
 
 
-@lru_cache(STATEMENTS_MAX)
+@lru_cache(TRANSLATIONS_MAX)
 def translate(sql: str) -> str:
     """The portable text in PostgreSQL's words: parameters are numbered, and `user`, a function there, is quoted."""
     number = 0
@@ -359,7 +360,7 @@ class PostgresStore:
                 init=prepare,
                 reset=keep,
                 server_settings=settings,
-                statement_cache_size=STATEMENTS_MAX,
+                statement_cache_size=PREPARED_MAX,
                 max_cached_statement_lifetime=0,
                 max_cacheable_statement_size=0,
                 command_timeout=statement_seconds + GRACE_SECONDS,
