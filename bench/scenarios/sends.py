@@ -93,7 +93,7 @@ async def _measure_postgres(
     findings.add(name + "acknowledged, closed loop", count / seconds, "messages/s")
     findings.add(name + "per node core-second", count / cpu.total_s, "messages/s", at_least(5_000))
     findings.add(name + "node CPU per message", cpu.total_s / count * 1e6, "µs", at_most(200))
-    findings.add("  of it in the kernel", cpu.system_s / count * 1e6, "µs")
+    findings.add(name + "of it in the kernel", cpu.system_s / count * 1e6, "µs")
     findings.add(name + "PostgreSQL's CPU per message", theirs / count * 1e6, "µs")
     findings.add(name + "messages per commit", count / max(batches, 1), "messages")
     findings.add(name + "p50 acknowledgement", percentile(latencies, 0.5) * 1e3, "ms")
