@@ -18,8 +18,6 @@ from tidings.server.store.migrations import postgres as schema
 from tidings.server.store.postgres import connect
 from tidings.server.store.tables import metadata
 
-# SQLite's alone (see tables.py).
-NOT_HERE = frozenset({"streams_moved"})
 # Table, index, whether it is the primary key, whether it is unique, and its columns in order.
 INDEXES = """
 SELECT t.relname::text, c.relname::text, i.indisprimary, i.indisunique, array(
@@ -58,7 +56,6 @@ async def test_a_new_database_has_the_schema_of_the_tables(connection: Any) -> N
         (index.name, bool(index.unique), tuple(column.name for column in index.columns))
         for table in metadata.tables.values()
         for index in table.indexes
-        if index.name not in NOT_HERE
     }
     assert {(row[0], tuple(row[4])) for row in found if row[2] and row[0] != "alembic_version"} == {
         (table.name, tuple(column.name for column in table.primary_key.columns)) for table in metadata.tables.values()

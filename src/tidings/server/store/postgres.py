@@ -28,6 +28,7 @@ from tidings.server.telemetry import get_logger
 
 from .base import Append, Row, Tx, Unit
 from .commits import CommitOrder, Flight, Ticket
+from .log import count_generation
 from .postgres_append import APPEND, LOCK, Batch, Outcome
 
 T = TypeVar("T")
@@ -64,7 +65,7 @@ IDLE_IN_TRANSACTION_MS: Final = 10_000
 VERSION_MIN: Final = 150_000
 # Of `synchronous_commit`: those that have the commit on this server's disk, and on its replicas where there are some.
 SAFE_COMMITS: Final = frozenset({"on", "remote_apply"})
-# The row of `meta` that whoever changes something and is not on the bus counts up.
+# The row of `meta` that `log.count_generation` counts up.
 GENERATION: Final = "generation"
 
 _TOKEN: Final = re.compile(r"""'(?:[^']|'')*'|"[^"]*"|\?|(?<![\w.])user(?!\w)""")
@@ -424,11 +425,14 @@ class PostgresStore:
         finally:
             self._ended()
 
+    async def glance(self, unit: Unit[T]) -> T:
+        return await self.read(unit)
+
     async def changed_elsewhere(self) -> bool:
         """Whether somebody who is not on the bus has committed since the last call.
 
         Commits of other nodes are everyday life here, and their notices travel by the bus. An operator's command has no
-        bus: it counts up the generation in `meta`, in the transaction of what it changes.
+        bus, and a node may have lost it: they count up the generation in `meta`.
         """
         if self._closed:
             return False
@@ -662,7 +666,7 @@ class PostgresStore:
                 async with asyncio.timeout(UNIT_SECONDS):
                     value = await _drive(unit, PostgresTx(lambda sid, seq: order.took(ticket, sid, seq)), connection)
                     if not self._on_bus:
-                        await _drive(_count_generation, PostgresTx(), connection)
+                        await _drive(count_generation, PostgresTx(), connection)
             except BaseException as error:
                 if not _drop(connection, error):
                     await _roll_back(connection)
@@ -769,11 +773,3 @@ async def _append_batch(connection: Connection, batch: Batch) -> tuple[list[tupl
 async def _generation(tx: Tx) -> str | None:
     row = await tx.one("SELECT value FROM meta WHERE name=?", GENERATION)
     return None if row is None else str(row[0])
-
-
-async def _count_generation(tx: Tx) -> None:
-    await tx.execute(
-        "INSERT INTO meta(name,value) VALUES (?,'1')"
-        " ON CONFLICT (name) DO UPDATE SET value=CAST(CAST(meta.value AS BIGINT)+1 AS TEXT)",
-        GENERATION,
-    )

@@ -224,7 +224,6 @@ streams = Table(
     _int("key_version", null=True),
     _int("key_app_version", null=True),
     Index("streams_ref", "app", "kind", "ref", unique=True),
-    # SQLite's alone: in PostgreSQL every message would write into it (see the first migration).
     Index("streams_moved", "app", "moved_at"),
 )
 

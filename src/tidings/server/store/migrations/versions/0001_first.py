@@ -16,13 +16,10 @@ def _keep_ciphertext(table: str) -> None:
         op.execute(f"ALTER TABLE {table} ALTER COLUMN sealed SET STORAGE EXTERNAL")
 
 
-def _leave_room(table: str, percent: int) -> bool:
-    """In PostgreSQL, fill pages to so many percent: rows that every message updates stay on their page, and as long as
-    no indexed column changes, no index is touched. Whether this is PostgreSQL."""
-    if op.get_context().dialect.name != "postgresql":
-        return False
-    op.execute(f"ALTER TABLE {table} SET (fillfactor = {percent})")
-    return True
+def _leave_room(table: str, percent: int) -> None:
+    """In PostgreSQL, fill pages to so many percent: rows that every message updates stay on their page."""
+    if op.get_context().dialect.name == "postgresql":
+        op.execute(f"ALTER TABLE {table} SET (fillfactor = {percent})")
 
 
 def upgrade() -> None:
@@ -334,8 +331,8 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("sid"),
     )
     with op.batch_alter_table("streams", schema=None) as batch_op:
-        if not _leave_room("streams", 50):
-            batch_op.create_index("streams_moved", ["app", "moved_at"], unique=False)
+        _leave_room("streams", 50)
+        batch_op.create_index("streams_moved", ["app", "moved_at"], unique=False)
         batch_op.create_index("streams_ref", ["app", "kind", "ref"], unique=True)
 
     op.create_table(

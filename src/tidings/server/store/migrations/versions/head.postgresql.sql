@@ -246,6 +246,7 @@ CREATE TABLE streams (
     PRIMARY KEY (sid)
 );
 ALTER TABLE streams SET (fillfactor = 50);
+CREATE INDEX streams_moved ON streams (app, moved_at);
 CREATE UNIQUE INDEX streams_ref ON streams (app, kind, ref);
 CREATE TABLE users (
     app BIGINT NOT NULL,
@@ -265,5 +266,7 @@ CREATE TABLE users (
 );
 CREATE INDEX users_created ON users (app, created_at, id);
 INSERT INTO alembic_version (version_num) VALUES ('0001') RETURNING alembic_version.version_num;
-INSERT INTO meta(name,value) VALUES ('schema_revision','0001');
+CREATE INDEX members_moved ON members (app, "user", moved_at);
+UPDATE alembic_version SET version_num='0002' WHERE alembic_version.version_num = '0001';
+INSERT INTO meta(name,value) VALUES ('schema_revision','0002');
 INSERT INTO meta(name,value) VALUES ('compatible_from','0001');
