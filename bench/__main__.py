@@ -35,6 +35,7 @@ SCENARIOS = (
     Scenario("fanout", "200 members, 100 messages/s, against a C loop of send()", "fanout"),
     Scenario("flood", "200 members, as fast as possible", "fanout", "run_flood"),
     Scenario("sends", "durable sends over sockets, 50 clients in a closed loop", "sends"),
+    Scenario("sends-postgres", "the same over PostgreSQL, 50 and 400 clients", "sends", "run_postgres"),
     Scenario("rest", "durable sends over REST, 32 clients", "rest"),
     Scenario("memory", "memory of 10,000 idle connections", "connections", "run_memory"),
     Scenario("connects", "authenticated connections per second", "connections", "run_connects"),
@@ -57,7 +58,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.list:
         for scenario in SCENARIOS:
-            print(f"{scenario.name:10} {scenario.what}")
+            print(f"{scenario.name:14} {scenario.what}")
         return 0
     if unknown := sorted(set(options.scenario) - set(names)):
         parser.error(f"no such scenario: {', '.join(unknown)}; there are {', '.join(names)}")

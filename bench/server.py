@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from tidings.client.rest import Rest
+from tidings.testing.postgres import PostgresProcess
 from tidings.testing.process import ServerProcess
 
 # Not the temporary directory: that is memory on many machines, where fsync costs nothing.
@@ -68,8 +69,8 @@ def _base64(data: bytes) -> str:
 class BenchServer(ServerProcess):
     """A server with its first app's credentials."""
 
-    def __init__(self, data: Path, credentials: Credentials | None = None) -> None:
-        super().__init__(data, environment=ENVIRONMENT)
+    def __init__(self, data: Path, credentials: Credentials | None = None, *, store: str | None = None) -> None:
+        super().__init__(data, environment=ENVIRONMENT | ({} if store is None else {"TIDINGS_STORE": store}))
         self._credentials = credentials
 
     @property
@@ -108,11 +109,21 @@ def scratch() -> Iterator[Path]:
 
 
 @asynccontextmanager
-async def fresh_server() -> AsyncIterator[BenchServer]:
-    """A running server on an empty data folder, which goes with it."""
+async def fresh_server(store: str | None = None) -> AsyncIterator[BenchServer]:
+    """A running server on an empty data folder, which goes with it, or on the database that `store` names."""
     with scratch() as folder:
-        async with BenchServer(folder / "server") as server:
+        async with BenchServer(folder / "server", store=store) as server:
             yield server
+
+
+@contextmanager
+def fresh_postgres() -> Iterator[PostgresProcess]:
+    """A running PostgreSQL with an empty database, on the disk under test and with every commit on it."""
+    with scratch() as folder:
+        # PostgreSQL gives up root, and must pass.
+        folder.chmod(0o711)
+        with PostgresProcess(folder / "postgres", settings={"shared_buffers": "256MB"}) as postgres:
+            yield postgres
 
 
 def raise_file_limit() -> int:

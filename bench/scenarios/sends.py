@@ -7,12 +7,16 @@ import time
 
 from bench.measure import Findings, at_least, at_most, percentile
 from bench.plan import Plan
-from bench.server import fresh_server
+from bench.server import BenchServer, fresh_postgres, fresh_server
 from bench.setup import make_directs, make_users
 from bench.sockets import Socket, acknowledge_all, connect_all, message
 from bench.workers import Link, worker
+from tidings.testing.postgres import PostgresProcess
 
 CLIENTS = 50
+# Over a network commits take longer: that many keep a node busy all the same.
+MANY_CLIENTS = 400
+BATCHES = "tidings_append_batch_size_count"
 TEXT = "x" * 200
 WARM_UP = 5_000
 
@@ -54,6 +58,52 @@ async def run(plan: Plan, findings: Findings) -> None:
         f"{CLIENTS} sockets, {CLIENTS // 2} direct channels, {len(TEXT)} bytes of text; every message goes to both "
         "members' devices, which acknowledge once a second. SQLite, synchronous=FULL."
     )
+
+
+async def run_postgres(plan: Plan, findings: Findings) -> None:
+    for _ in range(plan.runs):
+        for clients in (CLIENTS, MANY_CLIENTS):
+            with fresh_postgres() as postgres:
+                async with fresh_server(postgres.url()) as server:
+                    await _measure_postgres(plan, findings, postgres, server, clients)
+    findings.note(
+        f"{CLIENTS} or {MANY_CLIENTS} sockets in half as many direct channels, {len(TEXT)} bytes of text, each waiting "
+        "for its acknowledgement. PostgreSQL 18 beside it on the same cores, synchronous_commit = on; its processor "
+        "time is counted apart."
+    )
+
+
+async def _measure_postgres(
+    plan: Plan, findings: Findings, postgres: PostgresProcess, server: BenchServer, clients: int
+) -> None:
+    count = plan.size(50_000, 5_000)
+    users = [f"user-{n}" for n in range(clients)]
+    await make_users(server, users)
+    channels = await make_directs(server, list(zip(users[::2], users[1::2], strict=True)))
+    tokens = [server.credentials.token(user) for user in users]
+    async with worker(drive, server.port, tokens, channels) as link:
+        await link.receive()
+        await link.ask(("closed", WARM_UP))
+        batches = await _batches(server)
+        before, theirs = server.cpu_time(), postgres.cpu_seconds()
+        seconds, latencies = await link.ask(("closed", count))
+        cpu, theirs = server.cpu_time() - before, postgres.cpu_seconds() - theirs
+        batches = await _batches(server) - batches
+    name = f"{clients} clients: "
+    findings.add(name + "acknowledged, closed loop", count / seconds, "messages/s")
+    findings.add(name + "per node core-second", count / cpu.total_s, "messages/s", at_least(5_000))
+    findings.add(name + "node CPU per message", cpu.total_s / count * 1e6, "µs", at_most(200))
+    findings.add(name + "of it in the kernel", cpu.system_s / count * 1e6, "µs")
+    findings.add(name + "PostgreSQL's CPU per message", theirs / count * 1e6, "µs")
+    findings.add(name + "messages per commit", count / max(batches, 1), "messages")
+    findings.add(name + "p50 acknowledgement", percentile(latencies, 0.5) * 1e3, "ms")
+    findings.add(name + "p99 acknowledgement", percentile(latencies, 0.99) * 1e3, "ms")
+
+
+async def _batches(server: BenchServer) -> float:
+    async with server.rest() as rest:
+        text = (await rest.request("GET", "/metrics")).decode()
+    return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(BATCHES))
 
 
 async def drive(link: Link, port: int, tokens: list[str], channels: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""A whole server behind its HTTP door, in this process: real services, real SQLite, real keys. Two apps, a cast."""
+"""A whole server behind its HTTP door, in this process: real services, a real store, real keys. Two apps, a cast."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import sqlalchemy
 from litestar import Litestar
 
+from tests.postgres import open_store
 from tidings.server.bus.base import AccessChanged, Left, Notice
 from tidings.server.bus.local import LocalBus
 from tidings.server.clock import Ids, ManualClock
@@ -37,8 +37,6 @@ from tidings.server.services.sync import Sync
 from tidings.server.services.tokens import TokenVerifier
 from tidings.server.services.users import Users
 from tidings.server.store.base import Tx
-from tidings.server.store.sqlite import SqliteStore
-from tidings.server.store.tables import metadata
 from tidings.server.telemetry import Metrics
 
 # A bound that no test meets by accident.
@@ -112,13 +110,10 @@ class World:
 @asynccontextmanager
 async def open_world(path: Path, **settings: Any) -> AsyncIterator[World]:
     config = Config(**{"rest_rate_per_second": float(PLENTY), "rest_burst": PLENTY, "data_dir": path} | settings)
-    engine = sqlalchemy.create_engine(f"sqlite:///{path / 'tidings.db'}")
-    metadata.create_all(engine)
-    engine.dispose()
     clock = ManualClock()
     ids = Ids(clock)
     keyring = Keyring(KeyFile(path / "root.key"))
-    store = SqliteStore(path / "tidings.db")
+    store = await open_store(path)
     bus = LocalBus()
     changes = Changes(store, bus)
     apps = Apps(store, keyring)

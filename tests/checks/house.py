@@ -22,6 +22,7 @@ from typing import Any, Self
 import jwt
 import msgspec
 
+from tests import postgres
 from tidings.client import Rest
 from tidings.testing.history import LogEvent, body_digest
 from tidings.testing.process import SERVE_COMMAND, ServerProcess
@@ -165,8 +166,10 @@ class Wire:
 class House:
     """One server with its first app. `rest` has the app's key; `rest.as_user(name)` acts for somebody."""
 
-    def __init__(self, server: ServerProcess, app: str, api_key: str, secret: str) -> None:
+    def __init__(self, server: ServerProcess, app: str, api_key: str, secret: str, store_url: str = "") -> None:
         self.server = server
+        # Of its database, when that is not the file in its folder.
+        self.store_url = store_url
         self.app = app
         self.api_key = api_key
         self.secret = secret
@@ -229,7 +232,9 @@ class House:
             after = page["events"][-1]["seq"]
 
     def sql(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
-        """Ask the database file directly."""
+        """Ask the database directly."""
+        if self.store_url:
+            return postgres.query(self.store_url, statement, *values)
         with closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True, timeout=10)) as connection:
             return connection.execute(statement, values).fetchall()
 
@@ -288,7 +293,8 @@ async def gather_all(work: Iterable[Any]) -> list[Any]:
 @asynccontextmanager
 async def open_house(folder: Path, *, command: Sequence[str] = SERVE_COMMAND, **settings: str) -> AsyncIterator[House]:
     """Start a server on a fresh data folder; `settings` are environment variables added to `ROOMY`."""
-    environment = {**ROOMY, "TIDINGS_LOG_FORMAT": "json", **settings}
+    store = await postgres.server_environment()
+    environment = {**ROOMY, "TIDINGS_LOG_FORMAT": "json", **store, **settings}
     async with ServerProcess(folder / "data", command=command, environment=environment) as server:
         found = None
         deadline = time.monotonic() + PATIENCE_S
@@ -296,7 +302,7 @@ async def open_house(folder: Path, *, command: Sequence[str] = SERVE_COMMAND, **
             assert time.monotonic() < deadline, f"the server did not introduce its first app\n{server.tail()}"
             found = _FIRST_APP.search(server.stderr_path.read_text())
             await asyncio.sleep(0.01)  # why: the pace of a loop that looks at a condition
-        house = House(server, *found.groups())
+        house = House(server, *found.groups(), store_url=store.get("TIDINGS_STORE", ""))
         try:
             yield house
         finally:

@@ -311,6 +311,7 @@ async def _send_until(
     return replies
 
 
+@pytest.mark.sqlite
 async def test_d21_on_a_full_disk_sends_are_refused_and_recovery_is_automatic(plain_house: House) -> None:
     house = plain_house
     await house.users("ann", "bob")
@@ -344,6 +345,7 @@ async def test_d21_on_a_full_disk_sends_are_refused_and_recovery_is_automatic(pl
     assert after == log
 
 
+@pytest.mark.sqlite
 async def test_d21_while_somebody_else_holds_the_database_sends_are_refused_and_then_taken_again(
     plain_house: House,
 ) -> None:

@@ -54,6 +54,7 @@ class _SlowToCommit:
         return self._connection.execute(sql, *args)
 
 
+@pytest.mark.sqlite
 async def test_d5_a_reader_with_a_cursor_never_skips_however_long_commits_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

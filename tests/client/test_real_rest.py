@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from tests import postgres
 from tidings.client import MessageCreated, Refused, Rest
 from tidings.client.rest import _Noun
 from tidings.testing.process import ServerProcess
@@ -23,7 +24,8 @@ NOUNS = ("app", "users", "me", "channels", "members", "messages", "receipts", "s
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def place(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Place]:
-    async with ServerProcess(tmp_path_factory.mktemp("rest") / "data", environment=ENVIRONMENT) as server:
+    environment = ENVIRONMENT | await postgres.server_environment()
+    async with ServerProcess(tmp_path_factory.mktemp("rest") / "data", environment=environment) as server:
         yield Place(server, await key_of(server))
 
 

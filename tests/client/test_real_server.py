@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 
+from tests import postgres
 from tidings.client import (
     ChannelJoined,
     ChannelLeft,
@@ -41,7 +42,8 @@ from .real import ENVIRONMENT, Place, UpgradeBlocker, key_of, texts_until
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def place(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Place]:
-    async with ServerProcess(tmp_path_factory.mktemp("real") / "data", environment=ENVIRONMENT) as server:
+    environment = ENVIRONMENT | await postgres.server_environment()
+    async with ServerProcess(tmp_path_factory.mktemp("real") / "data", environment=environment) as server:
         yield Place(server, await key_of(server))
 
 

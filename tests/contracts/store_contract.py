@@ -162,7 +162,10 @@ class StoreContract:
         second = asyncio.ensure_future(store.run(event_unit(1, "e1")))
         await asyncio.sleep(0)
         third = submit(store, 1, "b")
-        assert [(await first).seq, await second, (await third).seq] == [1, 2, 3]
+        before, unit, after = (await first).seq, await second, (await third).seq
+        assert sorted([before, unit, after]) == [1, 2, 3]
+        assert before < after
+        assert await seqs(store, 1) == [1, 2, 3]
 
     async def test_nothing_that_failed_leaves_a_gap(self, store: Store) -> None:
         async def failing(tx: Tx) -> None:
@@ -228,16 +231,31 @@ class StoreContract:
         async def touch(tx: Tx) -> int:
             return await log.touch_access(tx, 1)
 
-        before = submit(store, 1, "before")
-        touching = asyncio.ensure_future(store.run(touch))
-        await asyncio.sleep(0)
-        found = await outcomes([before, submit(store, 1, "stale"), submit(store, 1, "fresh", access_version=2)])
-        await touching
-        assert isinstance(found[0], Appended)
-        assert isinstance(found[1], Stale)
-        assert isinstance(found[2], Appended)
-        assert found[2].seq == 2
+        await submit(store, 1, "before")
+        assert await store.run(touch) == 2
+        stale, fresh = await outcomes([submit(store, 1, "stale"), submit(store, 1, "fresh", access_version=2)])
+        assert isinstance(stale, Stale)
+        assert isinstance(fresh, Appended)
+        assert fresh.seq == 2
         assert await query(store, "SELECT key FROM messages WHERE sid=1 ORDER BY seq") == [("before",), ("fresh",)]
+
+    async def test_an_append_beside_a_change_of_access_is_stored_before_it_or_not_at_all(self, store: Store) -> None:
+        async def touch(tx: Tx) -> int:
+            version = await log.touch_access(tx, 1)
+            await event(tx, 1, f"touched {version}")
+            return version
+
+        for version in range(1, 11):
+            beside = [submit(store, 1, f"{version}/{n}", access_version=version) for n in range(5)]
+            touching = asyncio.ensure_future(store.run(touch))
+            beside += [submit(store, 1, f"{version}/{n}", access_version=version) for n in range(5, 10)]
+            found = await outcomes(beside)
+            await touching
+            assert {type(outcome) for outcome in found} <= {Appended, Stale}
+            events = await query(store, "SELECT max(seq) FROM events WHERE sid=1")
+            stored = [outcome.seq for outcome in found if isinstance(outcome, Appended)]
+            assert stored == sorted(stored)
+            assert all(seq < events[0][0] for seq in stored)
 
     async def test_an_append_to_a_stream_that_is_not_there_stores_nothing(self, store: Store) -> None:
         (found,) = await outcomes([submit(store, 404, "k")])
@@ -252,12 +270,12 @@ class StoreContract:
 
     # ------------------------------------------------------------ order and announcements
 
-    async def test_what_was_handed_over_together_is_done_and_told_in_its_order(self, store: Store) -> None:
-        told: list[str] = []
+    async def test_what_is_under_way_together_is_told_in_the_order_of_its_numbers(self, store: Store) -> None:
+        told: list[tuple[str, int]] = []
         futures: list[asyncio.Future[Any]] = []
 
         def noting(name: str) -> Callable[[Any], None]:
-            return lambda outcome: told.append(f"{name}:{outcome.seq if isinstance(outcome, Appended) else outcome}")
+            return lambda outcome: told.append((name, outcome.seq if isinstance(outcome, Appended) else outcome))
 
         def append(name: str) -> None:
             store.append(
@@ -266,15 +284,27 @@ class StoreContract:
                 )
             )  # fmt: skip
 
-        for n in range(20):
+        for n in range(40):
             append(f"a{n}")
             futures.append(asyncio.ensure_future(store.run(event_unit(1, f"e{n}"), noting(f"u{n}"))))
             await asyncio.sleep(0)
         await asyncio.gather(*futures)
-        expected = []
-        for n in range(20):
-            expected += [f"a{n}:{2 * n + 1}", f"u{n}:{2 * n + 2}"]
-        assert told == expected
+        await submit(store, 1, "last")
+        assert [seq for _, seq in told] == list(range(1, 81))
+        # Of appends to one stream, the order in which they were handed over is the order of their numbers.
+        assert [name for name, _ in told if name[0] == "a"] == [f"a{n}" for n in range(40)]
+
+    async def test_units_that_change_the_same_row_are_told_in_the_order_of_their_commits(self, store: Store) -> None:
+        told: list[int] = []
+
+        async def forward(tx: Tx) -> int:
+            row = await tx.one("SELECT m.read FROM members m WHERE m.sid=1 AND m.user='bob'" + tx.for_update)
+            assert row is not None
+            await tx.execute("UPDATE members SET read=? WHERE sid=1 AND members.user='bob'", row[0] + 1)
+            return int(row[0]) + 1
+
+        await asyncio.gather(*(store.run(forward, told.append) for _ in range(40)))
+        assert told == list(range(1, 41))
 
     async def test_a_change_is_announced_before_its_caller_goes_on(self, store: Store) -> None:
         told: list[int] = []
@@ -323,7 +353,7 @@ class StoreContract:
         last = submit(store, 1, "b")
         with pytest.raises(KeyError):
             await failed
-        assert [(await before).seq, await after, (await last).seq] == [1, 2, 3]
+        assert sorted([(await before).seq, await after, (await last).seq]) == [1, 2, 3]
         assert told == []
         assert await query(store, "SELECT epoch FROM streams WHERE sid=1") == [("e",)]
 
@@ -509,8 +539,9 @@ class StoreContract:
         unit = asyncio.ensure_future(store.run(event_unit(1, "e")))
         await asyncio.sleep(0)
         await store.close()
-        assert [stored.seq for stored in await asyncio.gather(*queued)] == list(range(1, MANY + 1))
-        assert await unit == MANY + 1
+        stored = [stored.seq for stored in await asyncio.gather(*queued)]
+        assert stored == sorted(stored)
+        assert sorted([*stored, await unit]) == list(range(1, MANY + 2))
         (late,) = await outcomes([submit(store, 1, "late")])
         assert isinstance(late, StoreUnavailable)
         with pytest.raises(StoreUnavailable):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sqlite3
 import stat
@@ -11,12 +12,15 @@ from typing import Final
 
 import pytest
 
+from tests.postgres import fresh_database
 from tidings.server.errors import UnsafeStore
 from tidings.server.store.base import Store, Tx
 from tidings.server.store.migrations import migrate
+from tidings.server.store.postgres import PostgresStore
+from tidings.server.store.postgres import connect as connect_postgres
 from tidings.server.store.sqlite import SqliteStore, check_safety, connect
 
-from .store_contract import Site, StoreContract, make_stream, submit
+from .store_contract import Site, StoreContract, event_unit, make_stream, submit
 
 
 class SqliteSite:
@@ -51,8 +55,47 @@ class SqliteSite:
         store._writer_connection.execute("PRAGMA max_page_count=1073741823")
 
 
+class PostgresSite:
+    """A database on the session's server."""
+
+    def __init__(self, path: Path) -> None:
+        self.url = ""
+        self.opened: list[Store] = []
+
+    async def open(self) -> Store:
+        self.url = self.url or await fresh_database()
+        store = await PostgresStore.open(self.url, allow_unsafe=True)
+        self.opened.append(store)
+        return store
+
+    async def outside(self, sql: str) -> None:
+        async def unit(tx: Tx) -> int:
+            return await tx.execute(sql)
+
+        command = await PostgresStore.open(self.url, allow_unsafe=True, on_bus=False)
+        await command.run(unit)
+        await command.close()
+
+    async def fail(self, store: Store) -> None:
+        # Found out at the commit, with the server's own code for a full disk.
+        await self._execute(
+            "CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$ BEGIN RAISE EXCEPTION 'no space left on device' USING ERRCODE = 'disk_full'; END $$;"
+            " CREATE CONSTRAINT TRIGGER full_disk AFTER INSERT ON outbox DEFERRABLE INITIALLY DEFERRED"
+            " FOR EACH ROW EXECUTE FUNCTION full_disk()"
+        )
+
+    async def heal(self, store: Store) -> None:
+        await self._execute("DROP TRIGGER full_disk ON outbox")
+
+    async def _execute(self, sql: str) -> None:
+        connection = await connect_postgres(self.url)
+        await connection.execute(sql)
+        await connection.close()
+
+
 # Every adapter of the port: a directory of the test's -> where a store lives.
-ADAPTERS: Final[dict[str, Callable[[Path], Site]]] = {"sqlite": SqliteSite}
+ADAPTERS: Final[dict[str, Callable[[Path], Site]]] = {"sqlite": SqliteSite, "postgres": PostgresSite}
 
 
 @pytest.fixture(params=list(ADAPTERS))
@@ -85,6 +128,25 @@ async def sqlite(tmp_path: Path) -> AsyncIterator[SqliteStore]:
     await make_stream(store, 1, "alice")
     yield store
     await store.close()
+
+
+async def test_with_one_writer_the_order_of_handing_over_is_the_order_of_commits(sqlite: SqliteStore) -> None:
+    told: list[str] = []
+    first = submit(sqlite, 1, "a")
+    futures = []
+    for n in range(20):
+        futures.append(
+            asyncio.ensure_future(sqlite.run(event_unit(1, f"e{n}"), lambda seq: told.append(f"unit {seq}")))
+        )
+        await asyncio.sleep(0)
+        sent = submit(sqlite, 1, f"k{n}")
+        sent.add_done_callback(lambda sent: told.append(f"append {sent.result().seq}"))
+    await asyncio.gather(first, *futures)
+    assert (await submit(sqlite, 1, "last")).seq == 42
+    assert [word for word in told if word.startswith("unit")] == [f"unit {2 * n + 2}" for n in range(20)]
+    assert sorted(word for word in told if word.startswith("append")) == sorted(
+        f"append {2 * n + 3}" for n in range(20)
+    )
 
 
 async def test_a_disk_that_is_full_fails_the_batch_and_is_recovered_from(sqlite: SqliteStore) -> None:

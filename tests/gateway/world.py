@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from tests import postgres
 from tidings.server.app import Core, open_core
 from tidings.server.clock import ManualClock
 from tidings.server.config import Config
@@ -220,6 +221,7 @@ async def open_node(
     """A node in a directory, drained on the way out. `beside` another one it has its app and clock."""
     config = Config(
         data_dir=path / "data",
+        store=await postgres.store_setting(),
         key_file=path / "root.key",
         store_synchronous="off",
         allow_unsafe_store=True,

@@ -110,7 +110,17 @@ async def test_the_doctor_is_content_with_a_good_directory(place: Place) -> None
 
 
 async def test_every_command_teaches_with_an_example() -> None:
-    for command in ("serve", "demo", "backup", "restore", "doctor", "migrate", "keys rotate-root", "keys rotate-app"):
+    for command in (
+        "serve",
+        "demo",
+        "backup",
+        "restore",
+        "doctor",
+        "migrate",
+        "keys rotate-root",
+        "keys rotate-app",
+        "renew-epochs",
+    ):
         done = await tidings(*command.split(), "--help")
         assert (done.status, f"tidings {command}" in done.out) == (0, True), done.out
 

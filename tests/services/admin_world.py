@@ -6,7 +6,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from tests.postgres import open_store
 from tidings.server.bus.base import AccessChanged, Notice
 from tidings.server.bus.local import LocalBus
 from tidings.server.clock import Ids, ManualClock
@@ -25,26 +27,14 @@ from tidings.server.services.jwks import JwksCache
 from tidings.server.services.tokens import SigningKey, TokenVerifier, mint
 from tidings.server.services.users import Users
 from tidings.server.store.base import Row, Tx
-from tidings.server.store.migrations import migrate
-from tidings.server.store.sqlite import SqliteStore
 from tidings.wire.requests import UserCreate
 
 NOW = 1_790_000_000_000
 
 
-class CountingStore(SqliteStore):
-    """A store that says how often it was read."""
-
-    reads = 0
-
-    async def read(self, unit):  # type: ignore[no-untyped-def]
-        self.reads += 1
-        return await super().read(unit)
-
-
 @dataclass
 class World:
-    store: CountingStore
+    store: Any
     bus: LocalBus
     clock: ManualClock
     apps: Apps
@@ -95,10 +85,8 @@ class World:
 
 @asynccontextmanager
 async def open_world(folder: Path) -> AsyncIterator[World]:
-    path = folder / "tidings.db"
-    migrate(path)
     clock = ManualClock(NOW)
-    store = CountingStore(path)
+    store = await open_store(folder, counting=True)
     bus = LocalBus()
     keyring = Keyring(KeyFile(folder / "root.key"))
     apps = Apps(store, keyring)

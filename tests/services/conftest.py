@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import msgspec
 import pytest
-import sqlalchemy
 
+from tests.postgres import open_store
 from tidings.server.bus.base import AccessChanged, Joined, Left, Notice, Published
 from tidings.server.bus.local import LocalBus
 from tidings.server.clock import Ids, ManualClock
@@ -24,9 +24,7 @@ from tidings.server.services.channels import Channels
 from tidings.server.services.members import Members
 from tidings.server.services.messages import Draft, Messages
 from tidings.server.services.users import Users
-from tidings.server.store.base import Appended, Row, Tx
-from tidings.server.store.sqlite import SqliteStore
-from tidings.server.store.tables import metadata
+from tidings.server.store.base import Appended, Row, Store, Tx
 from tidings.wire.requests import ChannelCreate, UserCreate
 from tidings.wire.resources import AppSettings, Channel, ChannelType
 
@@ -37,7 +35,7 @@ N = TypeVar("N")
 class World:
     """One app and everything that serves it."""
 
-    store: SqliteStore
+    store: Store
     keyring: Keyring
     apps: Apps
     app: AppContext
@@ -130,7 +128,7 @@ def app_rows(keyring: Keyring, app_id: str) -> list[tuple[Any, ...]]:
     return [(key.purpose.value, key.version, key.root_kid, key.wrapped) for key in keys]
 
 
-async def insert_app(store: SqliteStore, keyring: Keyring, number: int, app_id: str) -> None:
+async def insert_app(store: Store, keyring: Keyring, number: int, app_id: str) -> None:
     async def unit(tx: Tx) -> None:
         await tx.execute(
             "INSERT INTO apps(app,id,name,settings,created_at) VALUES (?,?,?,?,?)", number, app_id, "Test", "{}", 1
@@ -148,10 +146,7 @@ async def insert_app(store: SqliteStore, keyring: Keyring, number: int, app_id: 
 
 async def build(path: Path) -> World:
     """A world in a directory. Whoever calls closes its store."""
-    engine = sqlalchemy.create_engine(f"sqlite:///{path / 'tidings.db'}")
-    metadata.create_all(engine)
-    engine.dispose()
-    store = SqliteStore(path / "tidings.db", synchronous="off")
+    store = await open_store(path)
     keyring = Keyring(KeyFile(path / "root.key"))
     await insert_app(store, keyring, 1, "app_1")
     apps = Apps(store, keyring)

@@ -113,7 +113,7 @@ def test_the_migrations_are_valid_for_postgresql_too() -> None:
     sql = statements("postgresql")
     for table in metadata.tables:
         assert f"CREATE TABLE {table} " in sql
-    assert '"user" TEXT NOT NULL' in sql
+    assert '"user" TEXT COLLATE "C" NOT NULL' in sql
     assert "BYTEA" in sql
     assert "WHERE deleted_at IS NOT NULL" in sql
     assert "ROWID" not in sql

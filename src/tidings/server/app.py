@@ -52,6 +52,7 @@ from tidings.wire.codec import encode
 if TYPE_CHECKING:
     from tidings.server.bus.nats_link import Credentials
     from tidings.server.outbound import GuardedClient
+    from tidings.server.store.migrations import Plan
 
 log = get_logger(__name__)
 
@@ -86,32 +87,24 @@ class Core:
 
 @asynccontextmanager
 async def open_core(
-    config: Config, *, clock: Clock | None = None, metrics: Metrics | None = None
+    config: Config, *, clock: Clock | None = None, metrics: Metrics | None = None, on_bus: bool = True
 ) -> AsyncIterator[Core]:
-    """Open the data directory and everything that works on it; closes it on the way out.
+    """Open the store and everything that works on it; closes it on the way out. Not `on_bus`: a command, whose notices
+    reach no node.
 
-    Raises UnsafeStore, KeyFileError, StoreCorrupt with what to do about it.
+    Raises UnsafeStore, KeyFileError, StoreCorrupt, StoreUnavailable with what to do about it.
     """
     clock = clock or SystemClock()
     metrics = metrics or Metrics()
-    path = config.data_dir / DATABASE
-    if config.store_synchronous != "full" and not config.allow_unsafe_store:
-        raise UnsafeStore(
-            f"store_synchronous = {config.store_synchronous!r} loses acknowledged messages at a power cut. "
-            "Set it to 'full', or say allow_unsafe_store = true if that is what you want."
-        )
-    fresh = not path.exists()
-    config.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    prepare_database(path)
-    # A database without its key file must not get a new one: nothing in it could be read with that.
-    keyring = Keyring(KeyFile(config.key_file, create=fresh or (not config.key_file.exists() and _is_empty(path))))
+    opened = await open_store(config, observe=_observer(metrics), on_bus=on_bus)
+    store = opened.store
+    try:
+        # A database without its key file must not get a new one: nothing in it could be read with that.
+        keyring = Keyring(KeyFile(config.key_file, create=opened.fresh))
+    except BaseException:
+        await store.close()
+        raise
     ids = Ids(clock)
-    store = SqliteStore(
-        path,
-        readers=config.store_readers,
-        synchronous=config.store_synchronous,
-        observe=_observer(metrics),
-    )
     try:
         bus = await open_bus(config, ids, metrics)
     except BaseException:
@@ -199,11 +192,81 @@ def _outbound_client(policy: OutboundPolicy) -> GuardedClient:
     return GuardedClient(policy)
 
 
-def prepare_database(path: Path) -> None:
-    """Bring the schema up to this version."""
+@dataclass(slots=True, frozen=True)
+class OpenedStore:
+    """A store, its schema brought up. `fresh`: nothing is in it yet, so a key file may be made for it."""
+
+    store: Store
+    fresh: bool
+
+
+async def open_store(
+    config: Config, *, observe: Callable[[int, float], None] | None = None, on_bus: bool = True
+) -> OpenedStore:
+    """Open the store that the configuration names. Raises UnsafeStore, StoreUnavailable, StoreCorrupt, SchemaTooNew."""
+    if config.store_synchronous != "full" and not config.allow_unsafe_store:
+        raise UnsafeStore(
+            f"store_synchronous = {config.store_synchronous!r} loses acknowledged messages at a power cut. "
+            "Set it to 'full', or say allow_unsafe_store = true if that is what you want."
+        )
+    config.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if config.embedded:
+        return _open_sqlite(config, observe)
+    return await _open_postgres(config, observe, on_bus)
+
+
+def _open_sqlite(config: Config, observe: Callable[[int, float], None] | None) -> OpenedStore:
     from tidings.server.store.migrations import migrate
 
+    path = config.data_dir / DATABASE
+    fresh = not path.exists()
     migrate(path)
+    fresh = fresh or (not config.key_file.exists() and _is_empty(path))
+    store = SqliteStore(path, readers=config.store_readers, synchronous=config.store_synchronous, observe=observe)
+    return OpenedStore(store, fresh)
+
+
+async def _open_postgres(config: Config, observe: Callable[[int, float], None] | None, on_bus: bool) -> OpenedStore:
+    from tidings.server.store.migrations.postgres import migrate
+    from tidings.server.store.postgres import PostgresStore, check_safety, connect
+
+    connection = await connect(config.store)
+    try:
+        await check_safety(connection, allow=config.allow_unsafe_store)
+        await migrate(connection)
+        keys = await connection.fetchval("SELECT count(*) FROM app_keys")
+    finally:
+        await connection.close()
+    store = await PostgresStore.open(
+        config.store,
+        connections=config.store_connections,
+        append_connections=config.store_append_connections,
+        statement_seconds=config.store_statement_seconds,
+        asynchronous=config.store_synchronous != "full",
+        allow_unsafe=config.allow_unsafe_store,
+        on_bus=on_bus,
+        observe=observe,
+    )
+    return OpenedStore(store, not keys)
+
+
+async def migrate_store(config: Config, *, plan: bool) -> tuple[str, Plan]:
+    """Bring the schema of the store up to this version, or (`plan`) only find out what that would do: the store's name
+    for people, and what was or would be done. Raises SchemaTooNew, SchemaUnknown, StoreUnavailable, StoreCorrupt."""
+    from tidings.server.store import migrations
+
+    if config.embedded:
+        path = config.data_dir / DATABASE
+        return str(path), migrations.plan(path) if plan else migrations.migrate(path)
+    from tidings.server.store.migrations import postgres
+    from tidings.server.store.postgres import connect, redact
+
+    connection = await connect(config.store)
+    try:
+        work = postgres.plan(connection) if plan else postgres.migrate(connection)
+        return redact(config.store), await work
+    finally:
+        await connection.close()
 
 
 def _is_empty(path: Path) -> bool:

@@ -38,6 +38,9 @@ app.command(f"{_COMMANDS}.admin:user", name="user", group=_APPS, help="Users of 
 app.command(f"{_COMMANDS}.admin:token", name="token", group=_APPS, help="Users' tokens: make one, end them.")
 app.command(f"{_COMMANDS}.backup:backup", name="backup", group=_OPERATE, help="Copy the data while the server runs.")
 app.command(f"{_COMMANDS}.backup:restore", name="restore", group=_OPERATE, help="Put a backup in place.")
+app.command(
+    f"{_COMMANDS}.epochs:renew_epochs", name="renew-epochs", group=_OPERATE, help="After a restore by other means."
+)
 app.command(f"{_COMMANDS}.keys:app", name="keys", group=_OPERATE, help="Encryption keys: list and rotate.")
 app.command(f"{_COMMANDS}.admin:migrate", name="migrate", group=_OPERATE, help="Bring the schema up to this version.")
 app.command(f"{_COMMANDS}.doctor:doctor", name="doctor", group=_OPERATE, help="Look for what will go wrong.")

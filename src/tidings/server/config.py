@@ -4,7 +4,8 @@ Values come from four places, each overriding the one before: the defaults below
 (`TIDINGS_` and the setting's name in capitals), and the command line. Everything is checked before anything starts, and
 all that is wrong is reported at once, each with the setting, where its value came from and what would be accepted.
 
-No setting holds a secret: keys live in files and in the store, so that a configuration may be printed and compared.
+No setting holds a secret, so that a configuration may be printed and compared: keys live in files and in the store. The
+exception is a password in `store`, which is therefore left out of every print and message.
 
 `python -m tidings.server.config` writes `docs/reference/configuration.md` from this list.
 """
@@ -28,6 +29,8 @@ ENV_PREFIX = "TIDINGS_"
 DEFAULT_FILE = "tidings.toml"
 # The bus of a process that is the only node; any other is a list of servers.
 LOCAL = "local"
+# The store that is a file in data_dir; any other is a URL.
+SQLITE = "sqlite"
 
 # Names with our prefix that belong to others: the path of the file itself, and what clients and tools of ours read.
 FOREIGN_ENV = frozenset({"CONFIG", "URL", "API_KEY", "APP", "USER", "TOKEN"})
@@ -107,9 +110,10 @@ def _setting(
     low: float | None = None,
     high: float | None = None,
     default_text: str = "",
+    secret: bool = False,
 ) -> Any:
     metadata = {"help": help, "why": why, "unit": unit, "low": low, "high": high, "default_text": default_text}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,9 +167,44 @@ class Config:
         default_text="root.key in data_dir",
         why="Without it nothing that was stored can be read: keep it apart from backups of the data.",
     )
+    store: str = _setting(
+        "sqlite",
+        "sqlite, or the URL of a PostgreSQL database, such as postgres://tidings@db.internal/tidings.",
+        low=1,
+        secret=True,
+        why="One file in data_dir needs no server; several nodes need one database. Where a password is in the URL, "
+        "set it in the environment, or leave it out and put it into ~/.pgpass or PGPASSWORD.",
+    )
+    store_connections: int = _setting(
+        10,
+        "Connections of one node to PostgreSQL for reads and changes.",
+        unit="connections",
+        low=1,
+        high=500,
+        why="A read takes about a millisecond: ten do some thousands a second, more than one node's core asks for. "
+        "All nodes' together, and store_append_connections, must stay below the database's max_connections.",
+    )
+    store_append_connections: int = _setting(
+        4,
+        "Connections of one node to PostgreSQL on which messages are stored, a batch at a time on each.",
+        unit="connections",
+        low=1,
+        high=64,
+        why="Two keep one core's messages moving; the others are for batches that wait for somebody's lock.",
+    )
+    store_statement_seconds: float = _setting(
+        5.0,
+        "Time that PostgreSQL may take for one statement, waiting for locks included, before it is given up.",
+        unit="seconds",
+        low=0.1,
+        high=9,
+        why="Statements take milliseconds; one that takes longer waits for somebody who has stopped. Marks of clients "
+        "lie ten seconds back, so what is stored must be visible sooner than that.",
+    )
     store_synchronous: Literal["full", "normal", "off"] = _setting(
         "full",
-        "How SQLite reaches the disk. Only full keeps what was acknowledged; the others need allow_unsafe_store.",
+        "How the store reaches the disk. Only full keeps what was acknowledged; the others need allow_unsafe_store. "
+        "With PostgreSQL, full is synchronous_commit = on, which it sets itself, and the others are off.",
         why="With normal, a power cut was measured to lose acknowledged messages.",
     )
     allow_unsafe_store: bool = _setting(
@@ -384,6 +423,11 @@ class Config:
         if self.bus == LOCAL:
             return ()
         return tuple(url.strip() for url in self.bus.split(",") if url.strip())
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the store is the file in data_dir."""
+        return self.store == SQLITE
 
     @property
     def tls(self) -> bool:
@@ -610,6 +654,9 @@ def _contradictions(config: Config) -> list[tuple[str, str]]:
         refuse("cluster", f"{config.cluster!r} is not up to 64 letters, digits, - and _")
     if config.node and not re.fullmatch(r"[A-Za-z0-9]{1,32}", config.node):
         refuse("node", f"{config.node!r} is not up to 32 letters and digits")
+    if not config.embedded and not _is_store_url(config.store):
+        # The value is not repeated: it may carry a password.
+        refuse("store", "must be sqlite, or a URL like postgres://user@host:5432/database")
     if (config.tls_cert is None) != (config.tls_key is None):
         missing, given = ("tls_key", "tls_cert") if config.tls_key is None else ("tls_cert", "tls_key")
         refuse(missing, f"is needed when {given} is set")
@@ -663,6 +710,16 @@ def _is_bus_url(text: str) -> bool:
         return False
     clean = not (url.path.strip("/") or url.query or url.fragment or "@" in url.netloc)
     return url.scheme in ("nats", "tls") and bool(url.hostname) and clean and valid_port
+
+
+def _is_store_url(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        valid_port = url.port is None or url.port > 0
+    except ValueError:
+        # Several hosts, as libpq takes them: host1:5432,host2:5432.
+        valid_port = "," in text
+    return url.scheme in ("postgres", "postgresql") and len(url.path) > 1 and valid_port
 
 
 def _is_base_url(text: str) -> bool:

@@ -4,6 +4,7 @@ Each check looks at one thing and returns findings; none of them changes anythin
 and removes one small file in the data directory. `examine` runs them all. Printing is the command line's business.
 """
 
+import asyncio
 import datetime
 import os
 import resource
@@ -19,12 +20,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cryptography import x509
 
 from tidings.server.clock import Clock, SystemClock
 from tidings.server.config import Config, ConfigError, load_config
+from tidings.server.errors import TidingsError, UnsafeStore
 
 __all__ = ["Finding", "examine", "has_wal_reset_bug", "worst"]
 
@@ -246,6 +248,92 @@ def check_fsync(data_dir: Path, measure: Callable[[Path], float] = measure_fsync
     return Finding("ok", name, what)
 
 
+# --- PostgreSQL ------------------------------------------------------------------------------------------------------
+
+# Commits that take longer are felt in every acknowledgement.
+_COMMIT_SLOW_SECONDS = 0.020
+_COMMIT_ROUNDS = 10
+# Nodes that are replaced one after the other are there twice for a moment.
+_NODES_AT_UPGRADE = 2
+
+
+def check_postgres(config: Config) -> Iterator[Finding]:
+    """The database can be reached, is safe, has a schema that this version can use, and answers in good time."""
+    from tidings.server.errors import StoreUnavailable
+
+    async def look() -> list[Finding]:
+        from tidings.server.store.postgres import connect
+
+        connection = await connect(config.store)
+        try:
+            return [
+                await _postgres_safety(connection, config),
+                await _postgres_schema(connection),
+                await _postgres_room(connection, config),
+                await _postgres_speed(connection),
+            ]
+        finally:
+            await connection.close()
+
+    try:
+        yield from asyncio.run(look())
+    except StoreUnavailable as error:
+        yield Finding(
+            "fail", "postgresql", error.detail, "Set store to the database's URL; see docs/operate/postgresql.md."
+        )
+
+
+async def _postgres_safety(connection: Any, config: Config) -> Finding:
+    from tidings.server.store.postgres import check_safety
+
+    version = await connection.fetchval("SELECT current_setting('server_version')")
+    if await connection.fetchval("SELECT current_setting('server_encoding')") != "UTF8":
+        return Finding("fail", "postgresql", "the database's encoding is not UTF8", "Make it with ENCODING 'UTF8'.")
+    try:
+        await check_safety(connection, allow=False)
+    except UnsafeStore as error:
+        return Finding("warn" if config.allow_unsafe_store else "fail", "postgresql", str(error), "Set it, and reload.")
+    return Finding("ok", "postgresql", f"PostgreSQL {version}; what it acknowledges is on its disk")
+
+
+async def _postgres_schema(connection: Any) -> Finding:
+    from tidings.server.store.migrations.postgres import plan
+
+    try:
+        planned = await plan(connection)
+    except TidingsError as error:
+        return Finding("fail", "schema", str(error), "Use the version of Tidings that the database needs.")
+    if planned.steps:
+        return Finding("ok", "schema", f"the next start will run {', '.join(planned.steps)}")
+    return Finding("ok", "schema", f"at revision {planned.current}")
+
+
+async def _postgres_room(connection: Any, config: Config) -> Finding:
+    allowed = int(await connection.fetchval("SELECT current_setting('max_connections')"))
+    used = int(await connection.fetchval("SELECT count(*) FROM pg_stat_activity WHERE backend_type='client backend'"))
+    need = config.store_connections + config.store_append_connections
+    what = f"{allowed} allowed, {used} in use, one node needs up to {need}"
+    if allowed < need * _NODES_AT_UPGRADE:
+        return Finding(
+            "warn", "connections", what, "Raise max_connections, or lower store_connections: nodes overlap at upgrades."
+        )
+    return Finding("ok", "connections", what)
+
+
+async def _postgres_speed(connection: Any) -> Finding:
+    taken = []
+    for _ in range(_COMMIT_ROUNDS):
+        begun = time.perf_counter()
+        # Writes a commit to the log, and nothing else.
+        await connection.execute("SELECT pg_current_xact_id()")
+        taken.append(time.perf_counter() - begun)
+    seconds = statistics.median(taken)
+    what = f"{seconds * 1000:.2f} ms (median of {_COMMIT_ROUNDS})"
+    if seconds > _COMMIT_SLOW_SECONDS:
+        return Finding("warn", "commit", what + ": each send waits for this", "Look at its disk and the way to it.")
+    return Finding("ok", "commit", what)
+
+
 # --- the machine -----------------------------------------------------------------------------------------------------
 
 # Tokens and certificates of any use are newer than this program.
@@ -376,12 +464,16 @@ def examine(
     if config.store_synchronous != "full":
         yield Finding("warn", "store", "may lose acknowledged messages", "Set store_synchronous = full.")
     yield check_python()
-    yield check_sqlite()
+    if config.embedded:
+        yield check_sqlite()
+    else:
+        yield from check_postgres(config)
     yield check_data_dir(config.data_dir)
     yield check_key_file(config.key_file)
     yield check_disk_space(config.data_dir)
-    yield check_filesystem(config.data_dir)
-    yield check_fsync(config.data_dir)
+    if config.embedded:
+        yield check_filesystem(config.data_dir)
+        yield check_fsync(config.data_dir)
     yield check_clock()
     yield check_time_sync()
     yield check_open_files(config.connections_max)

@@ -60,10 +60,12 @@ class Forbidden(Refusal):
 
 
 class StoreUnavailable(Refusal):
-    """The store could not commit: nothing of the request was stored."""
+    """The store could not commit: nothing of the request was stored, or (`unknown`) it cannot be known whether it was,
+    because the way to the database broke while the commit was on it. A retry with the same key tells."""
 
-    def __init__(self, why: str) -> None:
-        super().__init__("unavailable", f"The store could not commit: {why}. Nothing was stored.", retry_after_ms=1000)
+    def __init__(self, why: str, *, unknown: bool = False) -> None:
+        stored = "It is not known whether it was stored; retry with the same key." if unknown else "Nothing was stored."
+        super().__init__("unavailable", f"The store could not commit: {why}. {stored}", retry_after_ms=1000)
 
 
 class UnsafeStore(TidingsError):

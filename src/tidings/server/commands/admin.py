@@ -53,6 +53,7 @@ class Where:
 
     config: Annotated[Path | None, Parameter(help="TOML file with settings.")] = None
     data_dir: Annotated[Path | None, Parameter(name=["--data-dir", "--data"], help="Directory of the data.")] = None
+    store: Annotated[str | None, Parameter(help="The database, where it is not the file in the directory.")] = None
     json: Annotated[bool, Parameter(help="Answer with one JSON document.", negative="")] = False
 
 
@@ -362,7 +363,8 @@ async def _set_active(services: Services, app: str | None, id: str, active: bool
 def migrate(*, plan: Annotated[bool, Parameter(negative="")] = False, where: Where = _HERE) -> None:
     """Bring the database to this version's schema. `tidings serve` does so by itself at its start.
 
-    Take a backup first: there is no way back to an older version but that.
+    Take a backup first: there is no way back to an older version but that. Over PostgreSQL, nodes of the version before
+    go on serving meanwhile.
 
     Examples:
 
@@ -370,30 +372,30 @@ def migrate(*, plan: Annotated[bool, Parameter(negative="")] = False, where: Whe
 
         tidings migrate
 
+        tidings migrate --store postgres://tidings@db.internal/tidings --plan
+
     Parameters
     ----------
     plan
         Only say what would be done.
     """
-    from tidings.server.app import DATABASE
-    from tidings.server.store import migrations
+    from tidings.server.app import migrate_store
 
-    path = _config(where).data_dir / DATABASE
+    config = _config(where)
     try:
-        if plan:
-            found = migrations.plan(path)
-        else:
-            with _console().status("Migrating …"):
-                found = migrations.migrate(path)
+        with _console().status("Looking …" if plan else "Migrating …"):
+            name, found = asyncio.run(migrate_store(config, plan=plan))
+    except Refusal as error:
+        _fail(where, msgspec.to_builtins(error.document()), error.detail)
     except (TidingsError, OSError) as error:
         _fail(where, {"code": "unavailable", "detail": str(error)}, str(error))
-    answer = {"database": str(path), "from": found.current or "none", "to": found.target, "steps": list(found.steps)}
+    answer = {"database": name, "from": found.current or "none", "to": found.target, "steps": list(found.steps)}
     if where.json:
         _finish(where, answer)
     elif not found.steps:
-        _console().print(f"{path} is at revision {found.target}: nothing to do.")
+        _console().print(f"{name} is at revision {found.target}: nothing to do.")
     else:
-        _console().print(f"{path}: {'would run' if plan else 'ran'} {', '.join(found.steps)}")
+        _console().print(f"{name}: {'would run' if plan else 'ran'} {', '.join(found.steps)}")
 
 
 # ---------------------------------------------------------------- inside
@@ -409,7 +411,7 @@ def seconds_of(text: str) -> int:
 
 def _config(where: Where) -> Config:
     try:
-        return load_config(file=where.config, overrides={"data_dir": where.data_dir})
+        return load_config(file=where.config, overrides={"data_dir": where.data_dir, "store": where.store})
     except ConfigError as error:
         _fail(where, {"code": "invalid", "detail": str(error)}, str(error))
 
@@ -420,7 +422,7 @@ async def _opened(where: Where) -> AsyncIterator[Services]:
 
     config = _config(where)
     with share(config.data_dir):
-        async with open_core(config) as core:
+        async with open_core(config, on_bus=False) as core:
             yield core.services
 
 

@@ -116,6 +116,7 @@ def backup(
 
 def make_backup(config: Config, dest: Path, *, include_keys: bool = False, verify: bool = False) -> Manifest:
     """Make a backup; its manifest. Raises BackupFailed, StoreCorrupt, KeyFileError, OSError: then DEST is not there."""
+    _check_embedded(config)
     source = config.data_dir / DATABASE
     if not source.is_file():
         raise BackupFailed(f"There is no database in {config.data_dir}: name the server's directory with --data-dir.")
@@ -142,6 +143,14 @@ def make_backup(config: Config, dest: Path, *, include_keys: bool = False, verif
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return manifest
+
+
+def _check_embedded(config: Config) -> None:
+    if not config.embedded:
+        raise BackupFailed(
+            "The data is in PostgreSQL: back it up with PostgreSQL's own tools, and the key file beside it; see "
+            "docs/operate/postgresql.md."
+        )
 
 
 def _copy_database(source: Path, target: Path) -> None:
@@ -315,6 +324,7 @@ def restore_backup(config: Config, src: Path, *, force: bool = False) -> Restore
     """
     from tidings.server.store import migrations
 
+    _check_embedded(config)
     manifest = read_manifest(src)
     source = src / manifest.database
     known = migrations.known_revisions()

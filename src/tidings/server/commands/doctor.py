@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from .terminal import ConfigOption, DataDirOption, console
+from .terminal import ConfigOption, DataDirOption, StoreOption, console
 
 if TYPE_CHECKING:
     from tidings.server.doctor import Finding
@@ -19,11 +19,12 @@ def doctor(
     *,
     config: ConfigOption = None,
     data_dir: DataDirOption = None,
+    store: StoreOption = None,
     host: Annotated[str | None, Parameter(help="Address that the server will listen on.")] = None,
     port: Annotated[int | None, Parameter(help="Port that the server will listen on.")] = None,
     json: Annotated[bool, Parameter(help="Answer with one JSON document.", negative="")] = False,
 ) -> None:
-    """Look for what will go wrong: settings, disk, keys, limits, clock, port.
+    """Look for what will go wrong: settings, disk or database, keys, limits, clock, port.
 
     Changes nothing. Run it as the user that runs the server. Exit status 1 when something would keep the server from
     working; warnings alone leave it 0.
@@ -34,11 +35,13 @@ def doctor(
 
         tidings doctor --config /etc/tidings.toml
 
+        tidings doctor --store postgres://tidings@db.internal/tidings
+
         tidings doctor --json
     """
     from tidings.server.doctor import examine, worst
 
-    overrides = {"data_dir": data_dir, "host": host, "port": port}
+    overrides = {"data_dir": data_dir, "store": store, "host": host, "port": port}
     err = console()
     findings: list[Finding] = []
     with err.status("Looking …"):

@@ -231,20 +231,16 @@ def _run(where: Config, work: Callable[[Rotation], Awaitable[T]]) -> T:
 
 @asynccontextmanager
 async def _opened(where: Config) -> AsyncIterator[Rotation]:
-    from tidings.server.app import DATABASE
+    from tidings.server.app import DATABASE, open_store
     from tidings.server.clock import Ids, SystemClock
     from tidings.server.crypto.keyfile import KeyFile
     from tidings.server.crypto.keyring import Keyring
     from tidings.server.services.rotation import Rotation
-    from tidings.server.store.migrations import migrate
-    from tidings.server.store.sqlite import SqliteStore
 
-    path = where.data_dir / DATABASE
-    if not path.is_file():
+    if where.embedded and not (where.data_dir / DATABASE).is_file():
         raise Refusal("not_found", f"There is no database in {where.data_dir}: name the server's with --data-dir.")
-    migrate(path)
     root = KeyFile(where.key_file, create=False)
-    store = SqliteStore(path, readers=1)
+    store = (await open_store(where, on_bus=False)).store
     try:
         clock = SystemClock()
         yield Rotation(store, Keyring(root), root, clock, Ids(clock))

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from tidings.server.config import Config
 
 from .datadir import check_restored, hold
-from .terminal import ConfigOption, DataDirOption, settings
+from .terminal import ConfigOption, DataDirOption, StoreOption, settings
 
 if TYPE_CHECKING:
     from tidings.server.services import Services
@@ -29,6 +29,7 @@ def serve(
     host: Annotated[str | None, Parameter(help="Address to listen on.")] = None,
     port: Annotated[int | None, Parameter(help="Port to listen on.")] = None,
     data_dir: DataDirOption = None,
+    store: StoreOption = None,
     development: Annotated[bool | None, Parameter(help="Conveniences for development; loopback only.")] = None,
 ) -> None:
     """Run the server until SIGTERM or Ctrl-C.
@@ -44,8 +45,10 @@ def serve(
         tidings serve --port 9000 --data-dir /var/lib/tidings
 
         tidings serve --config /etc/tidings.toml
+
+        tidings serve --store postgres://tidings@db.internal/tidings
     """
-    run(settings(config, data_dir, host=host, port=port, development=development))
+    run(settings(config, data_dir, host=host, port=port, store=store, development=development))
 
 
 def run(config: Config) -> None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 ConfigOption = Annotated[Path | None, Parameter(name="--config", help="TOML file with settings.")]
 DataDirOption = Annotated[Path | None, Parameter(name=["--data-dir", "--data"], help="Directory of the data.")]
 
+StoreOption = Annotated[str | None, Parameter(name="--store", help="sqlite, or the URL of a PostgreSQL database.")]
+
 
 def settings(config: Path | None, data_dir: Path | None, **more: object) -> Config:
     """The configuration that a command works with. Raises ConfigError."""

@@ -62,7 +62,7 @@ from .api_keys import hash_secret, key_text
 from .apps import BUILT_IN_TYPES, Apps
 from .audit import Action, Line, entry_of, line_id, line_of, lines_before
 from .change import Change, Changes
-from .granting import check_held, check_words, role_mask, words_in_order
+from .granting import check_held, check_room, check_words, lock_rules, role_mask, words_in_order
 from .paging import make_cursor, read_cursor
 from .signing import JwksSource, SigningKey
 
@@ -259,7 +259,7 @@ class Admin:
         line = self._line(actor, Action.KEY_CREATED, f"key:{id}", scopes=scopes)
 
         async def unit(tx: Tx) -> Change[None]:
-            await _check_room(
+            await check_room(
                 tx,
                 "SELECT COUNT(*) FROM api_keys WHERE app=? AND revoked_at IS NULL AND COALESCE(expires_at,?)>=?",
                 app,
@@ -350,7 +350,7 @@ class Admin:
         line = self._line(actor, Action.SIGNING_KEY_CREATED, f"signing_key:{kid}", algorithm=new.algorithm)
 
         async def unit(tx: Tx) -> Change[None]:
-            await _check_room(
+            await check_room(
                 tx,
                 "SELECT COUNT(*) FROM signing_keys WHERE app=? AND status='active'",
                 app,
@@ -441,7 +441,7 @@ class Admin:
         line = self._line(actor, Action.PROVIDER_CREATED, f"identity_provider:{id}", algorithms=algorithms)
 
         async def unit(tx: Tx) -> Change[None]:
-            await _check_room(
+            await check_room(
                 tx,
                 "SELECT COUNT(*) FROM identity_providers WHERE app=?",
                 app,
@@ -513,10 +513,11 @@ class Admin:
         line = self._line(actor, Action.ROLE_PUT, f"role:{scope}/{name}", grants=words)
 
         async def unit(tx: Tx) -> Change[None]:
+            await lock_rules(tx, app)
             row = await tx.one("SELECT grants FROM roles WHERE app=? AND scope=? AND name=?", app, scope, name)
             check_held(actor, Grants(mask & ~role_mask(row, scope, name)), "grants")
             if row is None:
-                await _check_room(
+                await check_room(
                     tx, "SELECT COUNT(*) FROM roles WHERE app=?", app, bound=ROLES_MAX, what="roles of its own"
                 )
             await tx.execute(
@@ -546,6 +547,7 @@ class Admin:
         line = self._line(actor, Action.ROLE_DELETED, f"role:{scope}/{name}")
 
         async def unit(tx: Tx) -> Change[None]:
+            await lock_rules(tx, app)
             row = await tx.one("SELECT grants FROM roles WHERE app=? AND scope=? AND name=?", app, scope, name)
             if row is None:
                 raise NotFound("role")
@@ -605,6 +607,7 @@ class Admin:
         line = self._line(actor, Action.TYPE_PUT, f"channel_type:{name}")
 
         async def unit(tx: Tx) -> Change[None]:
+            await lock_rules(tx, app)
             own: dict[str, str] = dict(
                 await tx.all("SELECT name,grants FROM roles WHERE app=? AND scope='channel'", app)
             )
@@ -614,7 +617,7 @@ class Admin:
             row = await tx.one("SELECT definition FROM channel_types WHERE app=? AND name=?", app, name)
             before = None if row is None else msgspec.json.decode(row[0], type=ChannelType)
             if before is None:
-                await _check_room(
+                await check_room(
                     tx, "SELECT COUNT(*) FROM channel_types WHERE app=?", app, bound=TYPES_MAX, what="channel types"
                 )
             for role in {*masks, *(before.grants if before else ())}:
@@ -646,6 +649,7 @@ class Admin:
         line = self._line(actor, Action.TYPE_DELETED, f"channel_type:{name}")
 
         async def unit(tx: Tx) -> Change[None]:
+            await lock_rules(tx, app)
             # Deleted channels count: their history is still read under the rules of their type.
             if await tx.one("SELECT id FROM channels WHERE app=? AND type=? LIMIT 1", app, name) is not None:
                 raise Refusal("conflict", "There are channels of this type.")
@@ -680,7 +684,7 @@ class Admin:
                     await tx.one("SELECT id FROM users WHERE app=? AND id=? AND deleted_at IS NULL", app, user)
                 ) is None:
                     raise NotFound("user", field=field)
-            await _check_room(
+            await check_room(
                 tx,
                 "SELECT COUNT(*) FROM relations r WHERE r.app=? AND r.user=?",
                 app,
@@ -850,12 +854,6 @@ async def insert_signing_key(
 
 
 # ---------------------------------------------------------------- checks
-
-
-async def _check_room(tx: Tx, count: str, *values: Any, bound: int, what: str) -> None:
-    row = await tx.one(count, *values)
-    if row is not None and row[0] >= bound:
-        raise Refusal("bound_exceeded", f"There are {bound} {what} already.", bound=bound)
 
 
 def _check_scope(scope: str) -> None:

@@ -1,4 +1,4 @@
-"""Giving words away: what is a word, and who may grant it.
+"""Giving words away: what is a word, who may grant it, and how many rules there may be.
 
 Nobody gives away what they do not hold: whoever makes a key, a role or a relation, or gives somebody a role, must hold
 every word that this adds.
@@ -7,13 +7,13 @@ every word that this adds.
 from __future__ import annotations
 
 import difflib
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from tidings.server.domain.permissions import BUILT_IN, CHANNEL_WORDS, Grants, Permission, grants_of, words_of
 from tidings.server.errors import Refusal
-from tidings.server.store.base import Row
+from tidings.server.store.base import Row, Tx
 
 from .access import Actor
 
@@ -54,3 +54,15 @@ def role_mask(row: Row | None, scope: str, name: str) -> Grants:
     if row is not None:
         return grants_of(msgspec.json.decode(row[0], type=list[str]))
     return grants_of({word.value for word in BUILT_IN[scope].get(name, ())})
+
+
+async def lock_rules(tx: Tx, app: int) -> None:
+    """One change at a time to an app's roles and types: each is judged by what the others hold at that moment."""
+    await tx.one("SELECT app FROM apps WHERE app=?" + tx.for_update, app)
+
+
+async def check_room(tx: Tx, count: str, *values: Any, bound: int, what: str) -> None:
+    """Refuse what would be more than `bound` of something. Raises Refusal `bound_exceeded`."""
+    row = await tx.one(count, *values)
+    if row is not None and row[0] >= bound:
+        raise Refusal("bound_exceeded", f"There are {bound} {what} already.", bound=bound)

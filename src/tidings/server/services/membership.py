@@ -55,14 +55,15 @@ def check_rank(held: Grants, role: Grants, field: str) -> None:
 async def check_users(tx: Tx, app: AppContext, users: list[str], field: str) -> None:
     """Refuse users who do not exist or are not active. `field` formats the place: `members[{}]`.
 
-    Their rows stay locked: nobody is deleted while they are added.
+    Their rows stay locked, in the order of their ids: nobody is deleted while they are added.
     """
     active: set[str] = set()
-    for start in range(0, len(users), 200):
-        chunk = users[start : start + 200]
+    ordered = sorted(users)
+    for start in range(0, len(ordered), 200):
+        chunk = ordered[start : start + 200]
         rows = await tx.all(
             "SELECT id FROM users WHERE app=? AND deactivated_at IS NULL AND deleted_at IS NULL"
-            f" AND id IN ({log.placeholders(chunk)}){tx.for_update}",
+            f" AND id IN ({log.placeholders(chunk)}) ORDER BY id{tx.for_update}",
             app.app,
             *chunk,
         )

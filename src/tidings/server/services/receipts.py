@@ -8,6 +8,7 @@ tick.
 from __future__ import annotations
 
 import asyncio
+from itertools import islice
 from typing import Final
 
 from tidings.server.bus.base import Bus, Signal
@@ -15,6 +16,7 @@ from tidings.server.clock import Clock
 from tidings.server.domain.permissions import Permission
 from tidings.server.errors import NotFound, Refusal
 from tidings.server.store.base import Row, Store, Tx
+from tidings.server.store.log import placeholders
 from tidings.server.telemetry import get_logger
 from tidings.wire.codec import encode
 from tidings.wire.commands import ReceiptsSignal, UnreadSignal
@@ -30,6 +32,11 @@ log = get_logger(__name__)
 TICK_SECONDS: Final = 0.25
 # Positions waiting to be written; beyond it they are written at once. About 20 MB.
 PENDING_MAX: Final = 100_000
+# Positions written in one unit: over a network that is a quarter of a second, and so long their rows are locked.
+UNIT_MAX: Final = 2_000
+# Rows looked up by one statement: texts that stay prepared.
+AT_ONCE: Final = 128
+_KEY: Final = "(CAST(? AS BIGINT),CAST(? AS BIGINT),CAST(? AS TEXT))"
 # Beyond this many members a channel's receipts are not told one by one: at one read each per message they would be
 # the square of the membership. Positions are kept all the same and read with `GET …/receipts`.
 RECEIPTS_MEMBERS_MAX: Final = 1_000
@@ -100,63 +107,57 @@ class Receipts:
         """Write what is pending and tell the channels. On failure it stays pending."""
         delivered, self._delivered = self._delivered, {}
         devices, self._devices = self._devices, {}
+        try:
+            while delivered or devices:
+                some, some_devices = dict(islice(delivered.items(), UNIT_MAX)), dict(islice(devices.items(), UNIT_MAX))
+                await self._write(some, some_devices)
+                for key in some:
+                    del delivered[key]
+                for device_key in some_devices:
+                    del devices[device_key]
+        except Refusal:
+            for key, seq in delivered.items():
+                self._delivered[key] = max(seq, self._delivered.get(key, 0))
+            for device_key, seq in devices.items():
+                self._devices[device_key] = max(seq, self._devices.get(device_key, 0))
+            raise
+        finally:
+            self._announce()
+
+    async def _write(
+        self, delivered: dict[tuple[int, int, str], int], devices: dict[tuple[int, str, str, int], int]
+    ) -> None:
+        """Write positions in one unit, and note what is to be told of them."""
         now = self._clock.now_ms()
 
         async def unit(tx: Tx) -> tuple[list[tuple[int, str, int, int]], dict[int, Row]]:
-            moved = []
-            channels: dict[int, Row] = {}
-            for (app, sid, user), seq in sorted(delivered.items()):
-                # Another device of theirs may be further, and reading and sending move the position, too: what is
-                # told is the row.
-                row = await tx.one(
-                    "UPDATE members SET delivered=? WHERE app=? AND sid=? AND user=? AND delivered<?"
-                    " RETURNING delivered, read",
-                    seq,
-                    app,
-                    sid,
-                    user,
-                    seq,
-                )
-                if row is None:
-                    row = await tx.one(
-                        "SELECT m.delivered, m.read FROM members m WHERE m.app=? AND m.sid=? AND m.user=?",
-                        app,
-                        sid,
-                        user,
-                    )
-                if row is not None:
-                    moved.append((sid, user, row[0], row[1]))
-                    if sid not in channels:
-                        found = await tx.one("SELECT c.app, c.type, c.member_count FROM channels c WHERE c.sid=?", sid)
-                        if found is not None:
-                            channels[sid] = found
-            if devices:
-                await tx.many(
-                    "INSERT INTO device_positions(app,user,device,sid,seq,at) VALUES (?,?,?,?,?,?)"
-                    " ON CONFLICT (app,user,device,sid) DO UPDATE SET seq=excluded.seq, at=excluded.at"
-                    " WHERE device_positions.seq<excluded.seq",
-                    [(*key, seq, now) for key, seq in sorted(devices.items())],
-                )
-            return moved, channels
+            # Another device of theirs may be further, and reading and sending move the position, too: what is told is
+            # the row.
+            found = await _lock_positions(tx, sorted(delivered))
+            moved = [
+                (sid, user, max(at, delivered[app, sid, user]), read) for (app, sid, user), (at, read) in found.items()
+            ]
+            await tx.many(
+                "UPDATE members SET delivered=? WHERE app=? AND sid=? AND user=?",
+                [(delivered[key], *key) for key, (at, _) in found.items() if at < delivered[key]],
+            )
+            await tx.many(
+                "INSERT INTO device_positions(app,user,device,sid,seq,at) VALUES (?,?,?,?,?,?)"
+                " ON CONFLICT (app,user,device,sid) DO UPDATE SET seq=excluded.seq, at=excluded.at"
+                " WHERE device_positions.seq<excluded.seq",
+                [(*key, seq, now) for key, seq in sorted(devices.items())],
+            )
+            return moved, await _channels_of(tx, sorted({sid for sid, *_ in moved}))
 
-        if delivered or devices:
-            try:
-                moved, channels = await self._store.run(unit)
-            except Refusal:
-                for key, seq in delivered.items():
-                    self._delivered[key] = max(seq, self._delivered.get(key, 0))
-                for device_key, seq in devices.items():
-                    self._devices[device_key] = max(seq, self._devices.get(device_key, 0))
-                raise
-            shown = {
-                sid
-                for sid, (app, type, member_count) in channels.items()
-                if _are_told(await self._access.type_of(app, type), member_count)
-            }
-            for sid, user, position, read in moved:
-                if sid in shown:
-                    self._tell(sid, user, position, read)
-        self._announce()
+        moved, channels = await self._store.run(unit)
+        shown = {
+            sid
+            for sid, (app, type, member_count) in channels.items()
+            if _are_told(await self._access.type_of(app, type), member_count)
+        }
+        for sid, user, position, read in moved:
+            if sid in shown:
+                self._tell(sid, user, position, read)
 
     def _tell(self, sid: int, user: str, delivered: int, read: int) -> None:
         told = self._told.setdefault(sid, {})
@@ -348,7 +349,8 @@ class Receipts:
 
         async def unit(tx: Tx) -> UnreadTotal:
             total = await tx.one(
-                f"SELECT coalesce(sum(unread),0), coalesce(sum(mentions),0) FROM ({counted}) q",
+                "SELECT CAST(coalesce(sum(unread),0) AS BIGINT), CAST(coalesce(sum(mentions),0) AS BIGINT)"
+                f" FROM ({counted}) q",
                 app,
                 user,
                 now,
@@ -372,3 +374,37 @@ class Receipts:
             )
 
         return await self._store.read(unit)
+
+
+async def _lock_positions(tx: Tx, keys: list[tuple[int, int, str]]) -> dict[tuple[int, int, str], tuple[int, int]]:
+    """Where members (app, sid, user) stand: delivered and read. Their rows stay locked, in the order of the keys."""
+    found: dict[tuple[int, int, str], tuple[int, int]] = {}
+    for start in range(0, len(keys), AT_ONCE):
+        chunk = keys[start : start + AT_ONCE]
+        # Filled up to a power of two: the statement's texts stay few and prepared.
+        chunk += [chunk[-1]] * ((1 << (len(chunk) - 1).bit_length()) - len(chunk))
+        rows = await tx.all(
+            f"WITH v(app,sid,name) AS (VALUES {','.join([_KEY] * len(chunk))})"
+            " SELECT m.app, m.sid, m.user, m.delivered, m.read FROM v"
+            " JOIN members m ON m.app=v.app AND m.sid=v.sid AND m.user=v.name ORDER BY m.app, m.sid, m.user"
+            + tx.for_update,
+            *(value for key in chunk for value in key),
+        )
+        for app, sid, user, delivered, read in rows:
+            found[app, sid, user] = (delivered, read)
+    return found
+
+
+async def _channels_of(tx: Tx, sids: list[int]) -> dict[int, Row]:
+    """App, type and number of members of the channels of these streams."""
+    found: dict[int, Row] = {}
+    for start in range(0, len(sids), AT_ONCE):
+        chunk = sids[start : start + AT_ONCE]
+        chunk += [chunk[-1]] * ((1 << (len(chunk) - 1).bit_length()) - len(chunk))
+        rows = await tx.all(
+            f"SELECT c.sid, c.app, c.type, c.member_count FROM channels c WHERE c.sid IN ({placeholders(chunk)})",
+            *chunk,
+        )
+        for sid, *rest in rows:
+            found[sid] = tuple(rest)
+    return found

@@ -10,8 +10,10 @@ A unit awaits only the methods of its `tx` and touches no shared state: an embed
 thread, a networked one on a connection. It may be run again after a serialisation failure, so it must not have
 effects of its own. SQL inside units is a portable subset with `?` placeholders, kept in this package.
 
-Order: `done` of appends and `then` of units are called on the event loop, in the order of their commits. Whatever is
-announced from them is therefore announced in the order of `seq`.
+Order: appends to one stream are numbered in the order they were handed over. `done` of appends and `then` of units are
+called on the event loop, in the order of their commits, as far as they touch the same rows. Whatever is announced from
+them is therefore announced in the order of `seq`. Whether a unit commits before an append that was handed over beside
+it, is open: whoever needs to know waits for the first.
 """
 
 from __future__ import annotations
@@ -62,6 +64,10 @@ class Tx(Protocol):
 
     async def many(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
         """Run a statement once per row of arguments."""
+        ...
+
+    def took(self, sid: int, seq: int) -> None:
+        """Note that the unit has appended event `seq`: where several commit at once, they are told in that order."""
         ...
 
 

@@ -119,15 +119,17 @@ async def append_event(
     moves the stream now. `moved_at` never goes back: whoever asks what moved since would miss what came before.
     """
     row = await tx.one(
-        "UPDATE streams SET head=head+1, moved_at=CASE WHEN moved_at<? THEN ? ELSE moved_at END WHERE sid=?"
-        " RETURNING head",
+        "UPDATE streams SET head=head+1, moved_at=CASE WHEN moved_at<? THEN ? ELSE moved_at END"
+        " WHERE sid=? AND app=? RETURNING head",
         now,
         now,
         sid,
+        app,
     )
     if row is None:
         raise LookupError(f"stream {sid} is gone")
     seq: int = row[0]
+    tx.took(sid, seq)
     await tx.execute(
         "INSERT INTO events(app,sid,seq,type,at,by,ref,item,sealed) VALUES (?,?,?,?,?,?,?,?,?)",
         app,

@@ -66,6 +66,9 @@ class SqliteTx:
     async def many(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
         self._executemany(sql, rows)
 
+    def took(self, sid: int, seq: int) -> None:
+        """One commit at a time: their order is known."""
+
 
 def run_unit(unit: Unit[T], tx: SqliteTx) -> T:
     """Run a unit to its end without an event loop: nothing it may await ever suspends."""

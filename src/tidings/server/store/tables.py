@@ -3,13 +3,20 @@
 Conventions: every key begins with the app, and with the stream where there is one, so that the tables shard by
 tenant and stream. Times are milliseconds since 1970 (UTC). Columns named `sealed` hold ciphertext; the item that
 their associated data names is given beside them. `sid` numbers a stream inside the server and is never shown.
+
+Texts compare bytewise in both databases: pages of identifiers, and cursors into them, must not depend on a language.
 """
 
 from __future__ import annotations
 
+from typing import Final
+
 from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, MetaData, PrimaryKeyConstraint, Table, Text
 
 metadata = MetaData()
+
+# SQLite compares bytes anyway; PostgreSQL would use the database's language.
+TEXT: Final = Text().with_variant(Text(collation="C"), "postgresql")
 
 
 def _int(name: str, *, null: bool = False, default: str | None = None) -> Column[int]:
@@ -17,21 +24,21 @@ def _int(name: str, *, null: bool = False, default: str | None = None) -> Column
 
 
 def _text(name: str, *, null: bool = False, default: str | None = None) -> Column[str]:
-    return Column(name, Text, nullable=null, server_default=default)
+    return Column(name, TEXT, nullable=null, server_default=default)
 
 
 def _blob(name: str, *, null: bool = False) -> Column[bytes]:
     return Column(name, LargeBinary, nullable=null)
 
 
-meta = Table("meta", metadata, Column("name", Text, primary_key=True), _text("value"))
+meta = Table("meta", metadata, Column("name", TEXT, primary_key=True), _text("value"))
 
 apps = Table(
     "apps",
     metadata,
     # The app's number inside the server.
     Column("app", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
-    Column("id", Text, nullable=False, unique=True),
+    Column("id", TEXT, nullable=False, unique=True),
     _text("name"),
     _text("settings"),
     _int("created_at"),
@@ -53,7 +60,7 @@ app_keys = Table(
 api_keys = Table(
     "api_keys",
     metadata,
-    Column("id", Text, primary_key=True),
+    Column("id", TEXT, primary_key=True),
     _int("app"),
     _text("name"),
     _blob("secret_hash"),

@@ -4,6 +4,13 @@ Every start asks `migrate`. When the database already has our revision that is o
 Alembic nor SQLAlchemy is imported (they cost more than the rest of the start). A database that a newer Tidings has
 migrated is refused: an older one would not know what its columns mean.
 
+Over PostgreSQL old nodes serve while a new one migrates, so migrations come in three steps, each in a release of its
+own: *expand* (add what the new code needs, in a way that the old does not notice), *migrate* (the new code fills it;
+both read what they know), *contract* (take away what nobody reads any more). COMPATIBLE_FROM is the revision of the
+oldest code that can work with the schema as it is: expanding leaves it, contracting raises it. It stands in `meta`, and
+a node that is older refuses to start (`store/migrations/postgres.py`). The embedded database has one process, which is
+stopped while it is migrated.
+
 To change the schema, edit `store/tables.py`, then `python -m tidings.server.store.migrations new what_changes`, look at
 the file that it writes, and set HEAD.
 """
@@ -24,8 +31,12 @@ HEAD: Final = "0002"
 VERSIONS: Final = Path(__file__).parent / "versions"
 # The row of `meta` that holds a database's revision.
 REVISION: Final = "schema_revision"
+# The oldest revision whose code can use the schema at HEAD, and the row of `meta` that says so to older nodes.
+COMPATIBLE_FROM: Final = "0001"
+COMPATIBLE: Final = "compatible_from"
 # What all migrations together make, as one script: a new database is made from it at once, without Alembic.
 SNAPSHOT: Final = VERSIONS / "head.sql"
+POSTGRES_SNAPSHOT: Final = VERSIONS / "head.postgresql.sql"
 
 
 class SchemaTooNew(TidingsError):
@@ -54,14 +65,17 @@ def known_revisions() -> dict[str, str]:
 def plan(path: Path) -> Plan:
     """What `migrate` would do, without doing it. Raises SchemaTooNew or SchemaUnknown."""
     current = _revision(path) if path.exists() else None
-    known = known_revisions()
-    if current is not None and current not in known:
+    if current is not None and current not in known_revisions():
         raise SchemaTooNew(
             f"{path} has schema revision {current}; this Tidings knows {HEAD} and earlier. Start the newer Tidings "
             "that migrated it, or restore a backup from before that."
         )
-    steps = [f"{revision} {name}" for revision, name in known.items() if revision > (current or "")]
-    return Plan(current, HEAD, tuple(steps))
+    return Plan(current, HEAD, steps_after(current))
+
+
+def steps_after(current: str | None) -> tuple[str, ...]:
+    """The migrations that a database of revision `current` lacks, each as `0002 its name`."""
+    return tuple(f"{revision} {name}" for revision, name in known_revisions().items() if revision > (current or ""))
 
 
 def migrate(path: Path) -> Plan:

@@ -1,6 +1,8 @@
 """Write a migration: `python -m tidings.server.store.migrations new what_changes`.
 
-`first` writes the first one anew, which is right only as long as no database of users exists.
+`first` writes the first one anew, which is right only as long as no database of users exists. What Alembic cannot see
+by comparing SQLite's tables (PostgreSQL's collations and storage) is written into the file by hand, as it is there;
+`snapshots` then writes the scripts for new databases anew.
 """
 
 import subprocess
@@ -11,8 +13,8 @@ from pathlib import Path
 from alembic import command
 from sqlalchemy import create_engine
 
-from . import SNAPSHOT, VERSIONS, known_revisions
-from .runner import configuration, snapshot, upgrade
+from . import POSTGRES_SNAPSHOT, SNAPSHOT, VERSIONS, known_revisions
+from .runner import configuration, postgres_snapshot, snapshot, upgrade
 
 
 def write(revision: str, slug: str) -> None:
@@ -38,6 +40,7 @@ def write(revision: str, slug: str) -> None:
     for arguments in (["check", "--fix", "-q", "--select", "I,F401"], ["format", "-q"]):
         subprocess.run([sys.executable, "-m", "ruff", *arguments, str(target)], check=True)
     SNAPSHOT.write_text(snapshot(), encoding="utf-8")
+    POSTGRES_SNAPSHOT.write_text(postgres_snapshot(), encoding="utf-8")
     sys.stdout.write(f"{target}\nLook at it, then set HEAD to {revision}.\n")
 
 
@@ -50,6 +53,9 @@ def main(arguments: list[str]) -> None:
             write("0001", "first")
         case ["new", slug]:
             write(f"{int(max(known_revisions(), default='0')) + 1:04}", slug)
+        case ["snapshots"]:
+            SNAPSHOT.write_text(snapshot(), encoding="utf-8")
+            POSTGRES_SNAPSHOT.write_text(postgres_snapshot(), encoding="utf-8")
         case _:
             raise SystemExit(__doc__)
 

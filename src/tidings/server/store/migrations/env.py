@@ -12,9 +12,10 @@ if context.is_offline_mode():
         target_metadata=metadata,
         literal_binds=True,
         dialect_opts={"paramstyle": "named"},
+        # The transaction belongs to whoever runs the text: it holds a lock, and more than the migrations.
+        transactional_ddl=False,
     )
-    with context.begin_transaction():
-        context.run_migrations()
+    context.run_migrations()
 else:
     # SQLite cannot alter most of a table: batch mode copies it. The transaction is the runner's.
     context.configure(connection=_attributes["connection"], target_metadata=metadata, render_as_batch=True)

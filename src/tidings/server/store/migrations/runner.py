@@ -13,7 +13,7 @@ from sqlalchemy import Connection, create_engine, event, text
 from sqlalchemy.pool import StaticPool
 
 from ..sqlite import connect
-from . import REVISION
+from . import COMPATIBLE, COMPATIBLE_FROM, HEAD, REVISION
 
 
 def configuration(**attributes: Any) -> Config:
@@ -50,13 +50,30 @@ def upgrade(path: Path, revision: str = "head") -> None:
         raw.close()
 
 
-def statements(dialect: str) -> str:
-    """All migrations as SQL for a database that is not here: `postgresql` or `sqlite`."""
+def statements(dialect: str, since: str | None = None) -> str:
+    """The migrations after revision `since`, or all, as SQL for a database that is not here: `postgresql` or `sqlite`.
+
+    No transaction is in it: whoever runs it brings one.
+    """
     output = io.StringIO()
     config = configuration(dialect=dialect)
     config.output_buffer = output
-    command.upgrade(config, "head", sql=True)
+    command.upgrade(config, f"{since}:head" if since else "head", sql=True)
     return output.getvalue()
+
+
+def postgres_snapshot() -> str:
+    """The same for PostgreSQL, as one script that runs inside a transaction."""
+    lines = [line.rstrip() for line in statements("postgresql").splitlines()]
+    made = [line for line in lines if line and not line.startswith("-- ")]
+    return "\n".join(made) + "\n" + "".join(f"{row};\n" for row in _meta_rows(HEAD, COMPATIBLE_FROM))
+
+
+def _meta_rows(revision: str, compatible_from: str) -> list[str]:
+    return [
+        f"INSERT INTO meta(name,value) VALUES ('{REVISION}','{revision}')",
+        f"INSERT INTO meta(name,value) VALUES ('{COMPATIBLE}','{compatible_from}')",
+    ]
 
 
 def snapshot() -> str:

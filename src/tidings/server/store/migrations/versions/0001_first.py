@@ -6,16 +6,31 @@ from alembic import op
 revision = "0001"
 down_revision = None
 
+# What `tables.py` says about texts.
+TEXT = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
+
+
+def _keep_ciphertext(table: str) -> None:
+    """In PostgreSQL, do not try to compress what does not compress."""
+    if op.get_context().dialect.name == "postgresql":
+        op.execute(f"ALTER TABLE {table} ALTER COLUMN sealed SET STORAGE EXTERNAL")
+
+
+def _leave_room(table: str, percent: int) -> None:
+    """In PostgreSQL, fill pages to so many percent: rows that every message updates stay on their page."""
+    if op.get_context().dialect.name == "postgresql":
+        op.execute(f"ALTER TABLE {table} SET (fillfactor = {percent})")
+
 
 def upgrade() -> None:
     """From nothing to 0001."""
     op.create_table(
         "api_keys",
-        sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("id", TEXT, nullable=False),
         sa.Column("app", sa.BigInteger(), nullable=False),
-        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("name", TEXT, nullable=False),
         sa.Column("secret_hash", sa.LargeBinary(), nullable=False),
-        sa.Column("scopes", sa.Text(), nullable=False),
+        sa.Column("scopes", TEXT, nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.Column("expires_at", sa.BigInteger(), nullable=True),
         sa.Column("revoked_at", sa.BigInteger(), nullable=True),
@@ -28,9 +43,9 @@ def upgrade() -> None:
     op.create_table(
         "app_keys",
         sa.Column("app", sa.BigInteger(), nullable=False),
-        sa.Column("purpose", sa.Text(), nullable=False),
+        sa.Column("purpose", TEXT, nullable=False),
         sa.Column("version", sa.BigInteger(), nullable=False),
-        sa.Column("root_kid", sa.Text(), nullable=False),
+        sa.Column("root_kid", TEXT, nullable=False),
         sa.Column("wrapped", sa.LargeBinary(), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("app", "purpose", "version"),
@@ -38,9 +53,9 @@ def upgrade() -> None:
     op.create_table(
         "apps",
         sa.Column("app", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
-        sa.Column("id", sa.Text(), nullable=False),
-        sa.Column("name", sa.Text(), nullable=False),
-        sa.Column("settings", sa.Text(), nullable=False),
+        sa.Column("id", TEXT, nullable=False),
+        sa.Column("name", TEXT, nullable=False),
+        sa.Column("settings", TEXT, nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("app"),
         sa.UniqueConstraint("id"),
@@ -48,12 +63,12 @@ def upgrade() -> None:
     op.create_table(
         "audit",
         sa.Column("app", sa.BigInteger(), nullable=False),
-        sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("id", TEXT, nullable=False),
         sa.Column("at", sa.BigInteger(), nullable=False),
-        sa.Column("actor", sa.Text(), nullable=False),
-        sa.Column("action", sa.Text(), nullable=False),
-        sa.Column("target", sa.Text(), nullable=False),
-        sa.Column("detail", sa.Text(), server_default="{}", nullable=False),
+        sa.Column("actor", TEXT, nullable=False),
+        sa.Column("action", TEXT, nullable=False),
+        sa.Column("target", TEXT, nullable=False),
+        sa.Column("detail", TEXT, server_default="{}", nullable=False),
         sa.PrimaryKeyConstraint("app", "id"),
     )
     with op.batch_alter_table("audit", schema=None) as batch_op:
@@ -62,20 +77,20 @@ def upgrade() -> None:
     op.create_table(
         "channel_types",
         sa.Column("app", sa.BigInteger(), nullable=False),
-        sa.Column("name", sa.Text(), nullable=False),
-        sa.Column("definition", sa.Text(), nullable=False),
+        sa.Column("name", TEXT, nullable=False),
+        sa.Column("definition", TEXT, nullable=False),
         sa.PrimaryKeyConstraint("app", "name"),
     )
     op.create_table(
         "channels",
         sa.Column("app", sa.BigInteger(), nullable=False),
-        sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("id", TEXT, nullable=False),
         sa.Column("sid", sa.BigInteger(), nullable=False),
-        sa.Column("type", sa.Text(), nullable=False),
+        sa.Column("type", TEXT, nullable=False),
         sa.Column("sealed", sa.LargeBinary(), nullable=True),
-        sa.Column("labels", sa.Text(), server_default="{}", nullable=False),
-        sa.Column("pair", sa.Text(), nullable=True),
-        sa.Column("created_by", sa.Text(), nullable=True),
+        sa.Column("labels", TEXT, server_default="{}", nullable=False),
+        sa.Column("pair", TEXT, nullable=True),
+        sa.Column("created_by", TEXT, nullable=True),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.Column("updated_at", sa.BigInteger(), nullable=False),
         sa.Column("frozen", sa.BigInteger(), server_default="0", nullable=False),
@@ -91,8 +106,8 @@ def upgrade() -> None:
     op.create_table(
         "device_positions",
         sa.Column("app", sa.BigInteger(), nullable=False),
-        sa.Column("user", sa.Text(), nullable=False),
-        sa.Column("device", sa.Text(), nullable=False),
+        sa.Column("user", TEXT, nullable=False),
+        sa.Column("device", TEXT, nullable=False),
         sa.Column("sid", sa.BigInteger(), nullable=False),
         sa.Column("seq", sa.BigInteger(), nullable=False),
         sa.Column("at", sa.BigInteger(), nullable=False),
@@ -102,9 +117,9 @@ def upgrade() -> None:
     op.create_table(
         "devices",
         sa.Column("app", sa.BigInteger(), nullable=False),
-        sa.Column("user", sa.Text(), nullable=False),
-        sa.Column("id", sa.Text(), nullable=False),
-        sa.Column("platform", sa.Text(), nullable=True),
+        sa.Column("user", TEXT, nullable=False),
+        sa.Column("id", TEXT, nullable=False),
+        sa.Column("platform", TEXT, nullable=True),
         sa.Column("sealed", sa.LargeBinary(), nullable=True),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.Column("last_seen_at", sa.BigInteger(), nullable=False),
@@ -115,16 +130,17 @@ def upgrade() -> None:
         sa.Column("app", sa.BigInteger(), nullable=False),
         sa.Column("sid", sa.BigInteger(), nullable=False),
         sa.Column("seq", sa.BigInteger(), nullable=False),
-        sa.Column("type", sa.Text(), nullable=False),
+        sa.Column("type", TEXT, nullable=False),
         sa.Column("at", sa.BigInteger(), nullable=False),
-        sa.Column("by", sa.Text(), nullable=True),
-        sa.Column("ref", sa.Text(), nullable=True),
-        sa.Column("item", sa.Text(), nullable=False),
+        sa.Column("by", TEXT, nullable=True),
+        sa.Column("ref", TEXT, nullable=True),
+        sa.Column("item", TEXT, nullable=False),
         sa.Column("sealed", sa.LargeBinary(), nullable=True),
         sa.Column("redacted", sa.BigInteger(), server_default="0", nullable=False),
         sa.PrimaryKeyConstraint("app", "sid", "seq"),
         sqlite_with_rowid=False,
     )
+    _keep_ciphertext("events")
     with op.batch_alter_table("events", schema=None) as batch_op:
         batch_op.create_index(
             "events_versions",
@@ -137,9 +153,9 @@ def upgrade() -> None:
     op.create_table(
         "identity_providers",
         sa.Column("app", sa.BigInteger(), nullable=False),
-        sa.Column("id", sa.Text(), nullable=False),
-        sa.Column("jwks_url", sa.Text(), nullable=False),
-        sa.Column("algorithms", sa.Text(), nullable=False),
+        sa.Column("id", TEXT, nullable=False),
+        sa.Column("jwks_url", TEXT, nullable=False),
+        sa.Column("algorithms", TEXT, nullable=False),
         sa.Column("cache_seconds", sa.BigInteger(), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("app", "id"),
@@ -147,10 +163,10 @@ def upgrade() -> None:
     op.create_table(
         "labels",
         sa.Column("app", sa.BigInteger(), nullable=False),
-        sa.Column("noun", sa.Text(), nullable=False),
-        sa.Column("name", sa.Text(), nullable=False),
-        sa.Column("value", sa.Text(), nullable=False),
-        sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("noun", TEXT, nullable=False),
+        sa.Column("name", TEXT, nullable=False),
+        sa.Column("value", TEXT, nullable=False),
+        sa.Column("id", TEXT, nullable=False),
         sa.PrimaryKeyConstraint("app", "noun", "name", "value", "id"),
         sqlite_with_rowid=False,
     )
@@ -161,8 +177,8 @@ def upgrade() -> None:
         "members",
         sa.Column("app", sa.BigInteger(), nullable=False),
         sa.Column("sid", sa.BigInteger(), nullable=False),
-        sa.Column("user", sa.Text(), nullable=False),
-        sa.Column("role", sa.Text(), nullable=False),
+        sa.Column("user", TEXT, nullable=False),
+        sa.Column("role", TEXT, nullable=False),
         sa.Column("joined_at", sa.BigInteger(), nullable=False),
         sa.Column("joined_seq", sa.BigInteger(), nullable=False),
         sa.Column("delivered", sa.BigInteger(), server_default="0", nullable=False),
@@ -177,13 +193,14 @@ def upgrade() -> None:
         sqlite_with_rowid=False,
     )
     with op.batch_alter_table("members", schema=None) as batch_op:
+        _leave_room("members", 80)
         batch_op.create_index("members_user", ["app", "user", "sid"], unique=False)
 
     op.create_table(
         "mentions",
         sa.Column("app", sa.BigInteger(), nullable=False),
         sa.Column("sid", sa.BigInteger(), nullable=False),
-        sa.Column("user", sa.Text(), nullable=False),
+        sa.Column("user", TEXT, nullable=False),
         sa.Column("seq", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("app", "sid", "user", "seq"),
         sqlite_with_rowid=False,
@@ -193,25 +210,26 @@ def upgrade() -> None:
         sa.Column("app", sa.BigInteger(), nullable=False),
         sa.Column("sid", sa.BigInteger(), nullable=False),
         sa.Column("seq", sa.BigInteger(), nullable=False),
-        sa.Column("id", sa.Text(), nullable=False),
-        sa.Column("sender", sa.Text(), nullable=False),
-        sa.Column("key", sa.Text(), nullable=False),
+        sa.Column("id", TEXT, nullable=False),
+        sa.Column("sender", TEXT, nullable=False),
+        sa.Column("key", TEXT, nullable=False),
         sa.Column("digest", sa.LargeBinary(), nullable=False),
         sa.Column("content_seq", sa.BigInteger(), nullable=False),
         sa.Column("counted", sa.BigInteger(), nullable=False),
         sa.Column("flags", sa.BigInteger(), nullable=False),
-        sa.Column("reply_to", sa.Text(), nullable=True),
+        sa.Column("reply_to", TEXT, nullable=True),
         sa.Column("at", sa.BigInteger(), nullable=False),
         sa.Column("edits", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("edited_at", sa.BigInteger(), nullable=True),
-        sa.Column("edited_by", sa.Text(), nullable=True),
+        sa.Column("edited_by", TEXT, nullable=True),
         sa.Column("deleted_at", sa.BigInteger(), nullable=True),
-        sa.Column("deleted_by", sa.Text(), nullable=True),
+        sa.Column("deleted_by", TEXT, nullable=True),
         sa.Column("sealed", sa.LargeBinary(), nullable=True),
         sa.Column("redacted", sa.BigInteger(), server_default="0", nullable=False),
         sa.PrimaryKeyConstraint("app", "sid", "seq"),
         sqlite_with_rowid=False,
     )
+    _keep_ciphertext("messages")
     with op.batch_alter_table("messages", schema=None) as batch_op:
         batch_op.create_index(
             "messages_deleted",
@@ -232,8 +250,8 @@ def upgrade() -> None:
 
     op.create_table(
         "meta",
-        sa.Column("name", sa.Text(), nullable=False),
-        sa.Column("value", sa.Text(), nullable=False),
+        sa.Column("name", TEXT, nullable=False),
+        sa.Column("value", TEXT, nullable=False),
         sa.PrimaryKeyConstraint("name"),
     )
     op.create_table(
@@ -242,7 +260,7 @@ def upgrade() -> None:
         sa.Column("app", sa.BigInteger(), nullable=False),
         sa.Column("sid", sa.BigInteger(), nullable=False),
         sa.Column("seq", sa.BigInteger(), nullable=False),
-        sa.Column("type", sa.Text(), nullable=False),
+        sa.Column("type", TEXT, nullable=False),
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_table(
@@ -250,8 +268,8 @@ def upgrade() -> None:
         sa.Column("app", sa.BigInteger(), nullable=False),
         sa.Column("sid", sa.BigInteger(), nullable=False),
         sa.Column("message_seq", sa.BigInteger(), nullable=False),
-        sa.Column("emoji", sa.Text(), nullable=False),
-        sa.Column("user", sa.Text(), nullable=False),
+        sa.Column("emoji", TEXT, nullable=False),
+        sa.Column("user", TEXT, nullable=False),
         sa.Column("at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("app", "sid", "message_seq", "emoji", "user"),
         sqlite_with_rowid=False,
@@ -259,9 +277,9 @@ def upgrade() -> None:
     op.create_table(
         "relations",
         sa.Column("app", sa.BigInteger(), nullable=False),
-        sa.Column("user", sa.Text(), nullable=False),
-        sa.Column("other", sa.Text(), nullable=False),
-        sa.Column("kind", sa.Text(), nullable=False),
+        sa.Column("user", TEXT, nullable=False),
+        sa.Column("other", TEXT, nullable=False),
+        sa.Column("kind", TEXT, nullable=False),
         sa.PrimaryKeyConstraint("app", "user", "other", "kind"),
     )
     with op.batch_alter_table("relations", schema=None) as batch_op:
@@ -270,26 +288,26 @@ def upgrade() -> None:
     op.create_table(
         "revoked_tokens",
         sa.Column("app", sa.BigInteger(), nullable=False),
-        sa.Column("jti", sa.Text(), nullable=False),
+        sa.Column("jti", TEXT, nullable=False),
         sa.Column("expires_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("app", "jti"),
     )
     op.create_table(
         "roles",
         sa.Column("app", sa.BigInteger(), nullable=False),
-        sa.Column("scope", sa.Text(), nullable=False),
-        sa.Column("name", sa.Text(), nullable=False),
-        sa.Column("grants", sa.Text(), nullable=False),
+        sa.Column("scope", TEXT, nullable=False),
+        sa.Column("name", TEXT, nullable=False),
+        sa.Column("grants", TEXT, nullable=False),
         sa.PrimaryKeyConstraint("app", "scope", "name"),
     )
     op.create_table(
         "signing_keys",
         sa.Column("app", sa.BigInteger(), nullable=False),
-        sa.Column("kid", sa.Text(), nullable=False),
-        sa.Column("algorithm", sa.Text(), nullable=False),
+        sa.Column("kid", TEXT, nullable=False),
+        sa.Column("algorithm", TEXT, nullable=False),
         sa.Column("sealed", sa.LargeBinary(), nullable=True),
-        sa.Column("public_key", sa.Text(), nullable=True),
-        sa.Column("status", sa.Text(), nullable=False),
+        sa.Column("public_key", TEXT, nullable=True),
+        sa.Column("status", TEXT, nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("app", "kid"),
     )
@@ -297,9 +315,9 @@ def upgrade() -> None:
         "streams",
         sa.Column("sid", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("app", sa.BigInteger(), nullable=False),
-        sa.Column("kind", sa.Text(), nullable=False),
-        sa.Column("ref", sa.Text(), nullable=False),
-        sa.Column("epoch", sa.Text(), nullable=False),
+        sa.Column("kind", TEXT, nullable=False),
+        sa.Column("ref", TEXT, nullable=False),
+        sa.Column("epoch", TEXT, nullable=False),
         sa.Column("head", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("counted", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("messages", sa.BigInteger(), server_default="0", nullable=False),
@@ -313,17 +331,18 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("sid"),
     )
     with op.batch_alter_table("streams", schema=None) as batch_op:
+        _leave_room("streams", 50)
         batch_op.create_index("streams_moved", ["app", "moved_at"], unique=False)
         batch_op.create_index("streams_ref", ["app", "kind", "ref"], unique=True)
 
     op.create_table(
         "users",
         sa.Column("app", sa.BigInteger(), nullable=False),
-        sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("id", TEXT, nullable=False),
         sa.Column("sid", sa.BigInteger(), nullable=False),
-        sa.Column("role", sa.Text(), nullable=False),
+        sa.Column("role", TEXT, nullable=False),
         sa.Column("sealed", sa.LargeBinary(), nullable=True),
-        sa.Column("labels", sa.Text(), server_default="{}", nullable=False),
+        sa.Column("labels", TEXT, server_default="{}", nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.Column("updated_at", sa.BigInteger(), nullable=False),
         sa.Column("last_seen_at", sa.BigInteger(), nullable=True),
