@@ -45,6 +45,7 @@ from tidings.server.services.receipts import Receipts
 from tidings.server.services.sync import Sync
 from tidings.server.services.tokens import TokenVerifier
 from tidings.server.services.users import Users
+from tidings.server.store.base import Store
 from tidings.server.store.sqlite import SqliteStore
 from tidings.server.systemd import notify, watchdog, watchdog_seconds
 from tidings.server.tasks import Tasks
@@ -54,6 +55,7 @@ from tidings.wire.codec import encode
 if TYPE_CHECKING:
     from tidings.server.bus.nats_link import Credentials
     from tidings.server.outbound import GuardedClient
+    from tidings.server.tracing import Tracing
 
 log = get_logger(__name__)
 
@@ -76,6 +78,7 @@ class Core:
     keyring: Keyring
     changes: Changes
     metrics: Metrics
+    tracing: Tracing | None = None
 
 
 @asynccontextmanager
@@ -100,7 +103,8 @@ async def open_core(
     # A database without its key file must not get a new one: nothing in it could be read with that.
     keyring = Keyring(KeyFile(config.key_file, create=fresh or (not config.key_file.exists() and _is_empty(path))))
     ids = Ids(clock)
-    store = SqliteStore(
+    tracing = _tracing(config)
+    store: Store = SqliteStore(
         path,
         readers=config.store_readers,
         synchronous=config.store_synchronous,
@@ -111,6 +115,8 @@ async def open_core(
     except BaseException:
         await store.close()
         raise
+    if tracing is not None:
+        store, bus = tracing.store(store), tracing.bus(bus)
     changes = Changes(store, bus)
     apps = Apps(store, keyring)
     policy = OutboundPolicy(hosts=tuple(config.jwks_allow_hosts))
@@ -137,12 +143,23 @@ async def open_core(
         bus=bus,
     )
     try:
-        yield Core(services, bus, keyring, changes, metrics)
+        yield Core(services, bus, keyring, changes, metrics, tracing)
     finally:
         await auth.close()
         await jwks.aclose()
         await bus.close()
         await store.close()
+        if tracing is not None:
+            await tracing.close()
+
+
+def _tracing(config: Config) -> Tracing | None:
+    """Where the setting is off, its libraries are not even loaded."""
+    if not config.tracing:
+        return None
+    from tidings.server.tracing import start_tracing
+
+    return start_tracing(config.node)
 
 
 async def open_bus(config: Config, ids: Ids, metrics: Metrics) -> Bus:
@@ -250,7 +267,8 @@ class Server:
         rate = Rate(config.rest_rate_per_second, config.rest_burst)
         limiter = Limiter(rate, shared=bool(core.bus.node))
         core.metrics.info.labels(version("tidings")).value = 1
-        self.gateway = Gateway(services, core.bus, config, services.clock, services.ids, core.metrics, limiter)
+        made = Gateway if core.tracing is None else core.tracing.gateway
+        self.gateway = made(services, core.bus, config, services.clock, services.ids, core.metrics, limiter)
         self._tasks = Tasks("server")
         self.rest = create_rest_app(
             services,
@@ -263,7 +281,7 @@ class Server:
         )
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
-                self.rest,
+                self.rest if core.tracing is None else core.tracing.rest(self.rest),
                 host=config.host,
                 port=config.port,
                 http=http_protocol(config),
