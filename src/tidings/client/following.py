@@ -314,8 +314,8 @@ class Following:
         stream = self.streams.get(joined.channel)
         if stream is None:
             stream = self.streams.adopt_head(joined.channel, joined.epoch, joined.head)
-            # The two streams are independent: what came of the channel before it was known to be ours did not count, and
-            # the server may be holding it until it is named.
+            # The two streams are independent: what came of the channel before it was known to be ours did not count,
+            # and the server may be holding it until it is named.
             stream.behind = True
             self._touch(stream)
             if self._wire.opened:

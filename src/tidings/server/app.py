@@ -11,6 +11,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,6 +29,7 @@ from tidings.server.errors import UnsafeStore
 from tidings.server.gateway.endpoint import socket_protocol
 from tidings.server.gateway.gateway import Gateway
 from tidings.server.gateway.http import http_routes
+from tidings.server.jobs.health import probe_store
 from tidings.server.jobs.outbox import trim_outbox
 from tidings.server.services import Services
 from tidings.server.services.access import AccessService
@@ -45,6 +47,7 @@ from tidings.server.services.tokens import TokenVerifier
 from tidings.server.services.users import Users
 from tidings.server.store.base import Store
 from tidings.server.store.sqlite import SqliteStore
+from tidings.server.systemd import notify, watchdog, watchdog_seconds
 from tidings.server.tasks import Tasks
 from tidings.server.telemetry import Metrics, get_logger, watch_event_loop
 from tidings.wire.codec import encode
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
     from tidings.server.bus.nats_link import Credentials
     from tidings.server.outbound import GuardedClient
     from tidings.server.store.migrations import Plan
+    from tidings.server.tracing import Tracing
 
 log = get_logger(__name__)
 
@@ -76,6 +80,7 @@ class Core:
     changes: Changes
     metrics: Metrics
     jwks: JwksCache
+    tracing: Tracing | None = None
 
     async def close(self) -> None:
         """Let go of what it holds, the store last."""
@@ -83,6 +88,8 @@ class Core:
         await self.jwks.aclose()
         await self.bus.close()
         await self.services.store.close()
+        if self.tracing is not None:
+            await self.tracing.close()
 
 
 @asynccontextmanager
@@ -105,12 +112,15 @@ async def open_core(
         await store.close()
         raise
     ids = Ids(clock)
+    tracing = _tracing(config)
     try:
         bus = await open_bus(config, ids, metrics)
     except BaseException:
         await store.close()
         raise
-    core = compose(config, store=store, bus=bus, keyring=keyring, clock=clock, ids=ids, metrics=metrics)
+    core = compose(
+        config, store=store, bus=bus, keyring=keyring, clock=clock, ids=ids, metrics=metrics, tracing=tracing
+    )
     try:
         yield core
     finally:
@@ -118,9 +128,19 @@ async def open_core(
 
 
 def compose(
-    config: Config, *, store: Store, bus: Bus, keyring: Keyring, clock: Clock, ids: Ids, metrics: Metrics
+    config: Config,
+    *,
+    store: Store,
+    bus: Bus,
+    keyring: Keyring,
+    clock: Clock,
+    ids: Ids,
+    metrics: Metrics,
+    tracing: Tracing | None = None,
 ) -> Core:
     """The use-cases over a store and a bus, whichever they are."""
+    if tracing is not None:
+        store, bus = tracing.store(store), tracing.bus(bus)
     changes = Changes(store, bus)
     apps = Apps(store, keyring)
     policy = OutboundPolicy(hosts=tuple(config.jwks_allow_hosts))
@@ -146,7 +166,16 @@ def compose(
         sync=sync,
         bus=bus,
     )
-    return Core(services, bus, keyring, changes, metrics, jwks)
+    return Core(services, bus, keyring, changes, metrics, jwks, tracing)
+
+
+def _tracing(config: Config) -> Tracing | None:
+    """Where the setting is off, its libraries are not even loaded."""
+    if not config.tracing:
+        return None
+    from tidings.server.tracing import start_tracing
+
+    return start_tracing(config.node)
 
 
 async def open_bus(config: Config, ids: Ids, metrics: Metrics) -> Bus:
@@ -323,7 +352,11 @@ class Server:
         services = core.services
         rate = Rate(config.rest_rate_per_second, config.rest_burst)
         limiter = Limiter(rate, shared=bool(core.bus.node))
-        self.gateway = Gateway(services, core.bus, config, services.clock, services.ids, core.metrics, limiter)
+        core.metrics.info.labels(version("tidings")).value = 1
+        if config.tls_cert is not None:
+            core.metrics.certificate_expires.value = _expiry(config.tls_cert)
+        made = Gateway if core.tracing is None else core.tracing.gateway
+        self.gateway = made(services, core.bus, config, services.clock, services.ids, core.metrics, limiter)
         self._tasks = Tasks("server")
         self.rest = create_rest_app(
             services,
@@ -336,7 +369,7 @@ class Server:
         )
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
-                self.rest,
+                self.rest if core.tracing is None else core.tracing.rest(self.rest),
                 host=config.host,
                 port=config.port,
                 http=http_protocol(config),
@@ -371,12 +404,24 @@ class Server:
         self.gateway.start()
         receipts = self._tasks.spawn(self.core.services.receipts.run(), "receipts")
         self._tasks.spawn(trim_outbox(self.core.services.store), "outbox")
+        self._tasks.spawn(
+            probe_store(self.core.services.store, self.core.metrics, self.core.services.clock), "store's health"
+        )
         self._tasks.spawn(self._finish_deletions(), "deletions")
         self._tasks.spawn(watch_event_loop(self.core.metrics, self.core.services.clock), "event loop")
+        if (seconds := watchdog_seconds()) is not None:
+            self._tasks.spawn(watchdog(seconds), "watchdog")
         serving = self._tasks.spawn(self._uvicorn.serve(sockets=[listener]), "http")
-        self._uvicorn.when_started(ready)
+
+        def started() -> None:
+            notify("READY=1")
+            if ready is not None:
+                ready()
+
+        self._uvicorn.when_started(started)
         waiting = self._tasks.spawn(stop.wait(), "stop")
         await asyncio.wait({serving, waiting, receipts}, return_when=asyncio.FIRST_COMPLETED)
+        notify("STOPPING=1")
         log.info("draining", connections=len(self.gateway.connections))
         listener.close()
         await self.gateway.drain(config.drain_seconds)
@@ -393,6 +438,13 @@ class Server:
         finished += await self.core.services.channels.resume_deletions()
         if finished:
             log.info("deletions_resumed", count=finished)
+
+
+def _expiry(certificate: Path) -> float:
+    """When it expires, Unix time. The file has been looked at before: `load_config`."""
+    from cryptography import x509
+
+    return x509.load_pem_x509_certificates(certificate.read_bytes())[0].not_valid_after_utc.timestamp()
 
 
 class _Uvicorn(uvicorn.Server):
