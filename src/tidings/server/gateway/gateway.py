@@ -559,7 +559,12 @@ class Gateway:
         handles: dict[int, StreamHandle] = {}
         behind = connection.behind
         size = CATCH_UP_PAGE_MIN * 4
+        guards = connection.guards
         while connection.session.state is State.OPEN and not connection.paused:
+            if connection.guards != guards:
+                # Who may read what has changed, perhaps while it was asked.
+                guards = connection.guards
+                handles.clear()
             sid = next((sid for sid, position in behind.items() if position is not None), None)
             if sid is None:
                 return
@@ -583,6 +588,8 @@ class Gateway:
                 async with self._catch_ups:
                     page = await self.sync.read(handle, position, size)
             except (NotFound, Forbidden):
+                if connection.guards != guards:
+                    continue
                 # They may not read it any more: they do not listen to it either.
                 self.hub.deafen(connection, sid)
                 continue
@@ -602,7 +609,7 @@ class Gateway:
                     connection.send(encode(Syncing(streams=[], refused={stream.name: refused})))
                 continue
             # The world has moved while we read: a removed member gets nothing of the page.
-            if connection.streams.get(sid) is not stream or behind.get(sid) != position:
+            if connection.streams.get(sid) is not stream or behind.get(sid) != position or connection.guards != guards:
                 continue
             if not page.events:
                 # The announcement came before the snapshot shows it, or nothing is left to show: look again shortly.
