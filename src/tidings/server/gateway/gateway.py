@@ -541,12 +541,6 @@ class Gateway:
                     refused[name] = StreamRefused("not_found", "There is no such stream, or you may not see it.")
                     continue
             problem = check_position(handle, stream.head, position)
-            if problem is not None and problem.code == "position_ahead":
-                # The client may have heard on another node what has not come through here.
-                self.hub.recheck(await self.sync.heads_of([handle.sid]))
-                problem = check_position(handle, stream.head, position)
-                if connection.streams.get(handle.sid) is not stream:
-                    problem = Refusal("not_found", "There is no such stream, or you may not see it.")
             if problem is not None:
                 refused[name] = StreamRefused(problem.code, problem.detail, handle.epoch, stream.head)
                 continue
