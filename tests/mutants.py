@@ -700,10 +700,18 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         check="S2",
+        why="a right to read that was lost while it was asked for counts",
+        file="src/tidings/server/gateway/gateway.py",
+        old="                handles.clear()\n",
+        new="",
+        tests=["tests/gateway/test_hub.py", "-k", "asked_for_again"],
+    ),
+    Mutant(
+        check="S2",
         why="a page that was read before the removal is sent after it",
         file="src/tidings/server/gateway/gateway.py",
-        old="            if connection.streams.get(sid) is not stream or behind.get(sid) != position:",
-        new="            if behind.get(sid, position) != position:",
+        old="            if connection.streams.get(sid) is not stream or behind.get(sid) != position or connection",
+        new="            if behind.get(sid, position) != position or connection",
         tests=["tests/gateway/test_catch_up.py", "-k", "removed_while"],
     ),
     Mutant(

@@ -129,6 +129,31 @@ async def test_nothing_reaches_a_member_whose_role_lost_the_right_to_read(node: 
     assert bob.events("w") == had
 
 
+async def test_a_right_to_read_that_is_lost_while_it_is_asked_for_is_asked_for_again(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await node.define(ChannelType(name="ward", features=ChannelFeatures(), grants={"waiting": ["typing.send"]}))
+    await node.channel("w", "alice", "bob", type="ward")
+    real = node.gateway.sync.handle
+    asked = 0
+
+    async def overtaken(actor: Any, name: str) -> Any:
+        nonlocal asked
+        handle = await real(actor, name)
+        if name == "w":
+            asked += 1
+            if asked == 1:
+                await node.services.members.update(node.backend, "w", "bob", MemberUpdate(role="waiting"))
+        return handle
+
+    monkeypatch.setattr(node.gateway.sync, "handle", overtaken)
+    bob = await node.connect("bob")
+    await bob.until(lambda: asked and not bob.behind)
+    await node.send("w")
+    await bob.quiet()
+    assert bob.events("w") == []
+
+
 async def test_a_member_who_may_not_read_is_never_live(node: Node) -> None:
     await node.define(ChannelType(name="ward", features=ChannelFeatures(), grants={"waiting": ["typing.send"]}))
     await node.channel("w", "alice", "bob", type="ward", bob="waiting")

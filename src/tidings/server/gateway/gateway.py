@@ -565,12 +565,6 @@ class Gateway:
                     refused[name] = StreamRefused("not_found", "There is no such stream, or you may not see it.")
                     continue
             problem = check_position(handle, stream.head, position)
-            if problem is not None and problem.code == "position_ahead":
-                # The client may have heard on another node what has not come through here.
-                self.hub.recheck(await self.sync.heads_of([handle.sid]))
-                problem = check_position(handle, stream.head, position)
-                if connection.streams.get(handle.sid) is not stream:
-                    problem = Refusal("not_found", "There is no such stream, or you may not see it.")
             if problem is not None:
                 refused[name] = StreamRefused(problem.code, problem.detail, handle.epoch, stream.head)
                 continue
@@ -583,7 +577,12 @@ class Gateway:
         handles: dict[int, StreamHandle] = {}
         behind = connection.behind
         size = CATCH_UP_PAGE_MIN * 4
+        guards = connection.guards
         while connection.session.state is State.OPEN and not connection.paused:
+            if connection.guards != guards:
+                # Who may read what has changed, perhaps while it was asked.
+                guards = connection.guards
+                handles.clear()
             sid = next((sid for sid, position in behind.items() if position is not None), None)
             if sid is None:
                 return
@@ -607,6 +606,8 @@ class Gateway:
                 async with self._catch_ups:
                     page = await self.sync.read(handle, position, size)
             except (NotFound, Forbidden):
+                if connection.guards != guards:
+                    continue
                 # They may not read it any more: they do not listen to it either.
                 self.hub.deafen(connection, sid)
                 continue
@@ -627,7 +628,7 @@ class Gateway:
                     connection.send(encode(Syncing(streams=[], refused={stream.name: refused})))
                 continue
             # The world has moved while we read: a removed member gets nothing of the page.
-            if connection.streams.get(sid) is not stream or behind.get(sid) != position:
+            if connection.streams.get(sid) is not stream or behind.get(sid) != position or connection.guards != guards:
                 continue
             if not page.events:
                 # The announcement came before the snapshot shows it, or nothing is left to show: look again shortly.

@@ -96,6 +96,7 @@ class Peer:
         "deaf",
         "device",
         "guarded",
+        "guards",
         "id",
         "out",
         "paused",
@@ -123,6 +124,8 @@ class Peer:
         self.deaf: set[int] | None = None
         # Whether being a member is not enough to hear a channel: then it is read from the log first, which asks.
         self.guarded = False
+        # Grows whenever it has to be asked anew: an answer from before says nothing.
+        self.guards = 0
 
     @property
     def streams(self) -> dict[int, Stream]:
@@ -590,6 +593,7 @@ class Hub:
 
     def guard(self, peer: Peer, sids: Iterable[int]) -> None:
         """Send nothing more on these streams until the log was asked whether the peer may read them."""
+        peer.guards += 1
         for sid in sids:
             stream = peer.streams.get(sid)
             if (
