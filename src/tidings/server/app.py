@@ -45,6 +45,7 @@ from tidings.server.services.tokens import TokenVerifier
 from tidings.server.services.users import Users
 from tidings.server.store.base import Store
 from tidings.server.store.sqlite import SqliteStore
+from tidings.server.systemd import notify, watchdog, watchdog_seconds
 from tidings.server.tasks import Tasks
 from tidings.server.telemetry import Metrics, get_logger, watch_event_loop
 from tidings.wire.codec import encode
@@ -373,10 +374,19 @@ class Server:
         self._tasks.spawn(trim_outbox(self.core.services.store), "outbox")
         self._tasks.spawn(self._finish_deletions(), "deletions")
         self._tasks.spawn(watch_event_loop(self.core.metrics, self.core.services.clock), "event loop")
+        if (seconds := watchdog_seconds()) is not None:
+            self._tasks.spawn(watchdog(seconds), "watchdog")
         serving = self._tasks.spawn(self._uvicorn.serve(sockets=[listener]), "http")
-        self._uvicorn.when_started(ready)
+
+        def started() -> None:
+            notify("READY=1")
+            if ready is not None:
+                ready()
+
+        self._uvicorn.when_started(started)
         waiting = self._tasks.spawn(stop.wait(), "stop")
         await asyncio.wait({serving, waiting, receipts}, return_when=asyncio.FIRST_COMPLETED)
+        notify("STOPPING=1")
         log.info("draining", connections=len(self.gateway.connections))
         listener.close()
         await self.gateway.drain(config.drain_seconds)

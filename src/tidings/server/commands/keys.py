@@ -1,4 +1,4 @@
-"""`tidings keys list | rotate-app | rotate-root | retire`: encryption keys, changed while the server runs."""
+"""`tidings keys list | create | rotate-app | rotate-root | retire`: encryption keys, changed while the server runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import cyclopts
@@ -58,6 +59,32 @@ def list_keys(
         _print_json(roots, found)
     else:
         _print_tables(where, roots, found)
+
+
+@app.command(name="create")
+def create(path: Path, /) -> None:
+    """Make a new key file, for nodes that will share it. A file that exists is left alone.
+
+    A server on one machine makes its own at the first start. Nodes that share a database must all have the same one
+    before the first of them starts.
+
+    Example:
+
+        tidings keys create ./root.key
+
+    Parameters
+    ----------
+    path
+        Where to make it, with mode 0600.
+    """
+    from tidings.server.crypto.keyfile import KeyFile, KeyFileError
+
+    if path.exists():
+        raise KeyFileError(f"{path} exists already: a key file is never overwritten")
+    made = KeyFile(path)
+    err = console()
+    err.print(f"Made {path} with the root key {made.current_kid}.")
+    err.print("Next: copy it to where you keep keys. Without it nothing that is stored can be read.")
 
 
 @app.command(name="rotate-root")
