@@ -64,9 +64,7 @@ def certificate(folder: Path) -> tuple[Path, Path]:
     chain, private = folder / "fullchain.pem", folder / "privkey.pem"
     chain.write_bytes(made.public_bytes(serialization.Encoding.PEM))
     private.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     return chain, private
 
@@ -117,7 +115,9 @@ class Front:
     async def say(self, content: str) -> None:
         """Alice writes into `c1`, past the proxy."""
         async with Rest(self.server.url, api_key=self.api_key, user="alice") as rest:
-            await rest.request("POST", "/v1/channels/c1/messages", body={"text": content, "key": content})
+            await rest.request(
+                "POST", "/v1/channels/c1/messages", body={"text": content, "key": content.replace(" ", "-")}
+            )
 
     def reload(self) -> None:
         self.process.send_signal(signal.SIGHUP)
@@ -181,6 +181,8 @@ async def front(
         await answers(made)
         yield made
     finally:
+        # The server first: a proxy waits for what is open.
+        server.kill9()
         if process is not None:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -13,7 +13,6 @@ import pytest
 from websockets.exceptions import InvalidStatus
 
 from tests.deploy.proxy import ANOTHER, SOMEBODY, Front, caddy, frame, front, nginx
-from tidings.client import Client, MessageCreated
 from tidings.server.rest.operation import BULK_BYTES_MAX
 from tidings.wire import limits
 
@@ -72,19 +71,6 @@ async def test_clients_are_told_apart_by_the_address_that_the_proxy_saw(behind: 
         await open_sockets.enter_async_context(behind.socket("bob", "elsewhere", source=ANOTHER))
 
 
-async def test_the_sdk_works_through_it(behind: Front) -> None:
-    # By the plain port of the server's own scheme only where no private authority is needed.
-    if behind.secure:
-        pytest.skip("the SDK trusts public authorities")
-    async with Client(behind.url, token=behind.tokens["bob"], device="laptop", start="all") as chat:
-        await behind.say("Hello")
-        async with asyncio.timeout(30):
-            async for event in chat.events("c1"):
-                if isinstance(event, MessageCreated):
-                    assert event.message.text == "Hello"
-                    break
-
-
 async def test_a_refusal_is_the_servers_up_to_its_own_bounds(behind: Front) -> None:
     async with behind.http(SOMEBODY) as http:
         # The longest token that may be, and it is the server that says no.
@@ -93,11 +79,11 @@ async def test_a_refusal_is_the_servers_up_to_its_own_bounds(behind: Front) -> N
         # The largest body that any operation takes.
         key = {"Authorization": f"Bearer {behind.api_key}", "Content-Type": "application/json"}
         large = await http.put("/v1/users", headers=key, content=b" " * (BULK_BYTES_MAX - 40_000) + b'{"users":[]}')
-        assert large.headers["content-type"] == "application/problem+json" or large.status_code == 200
-        assert large.status_code != 413
-        # Beyond that the proxy does not even pass it on.
+        assert (large.status_code, large.headers["content-type"]) == (422, "application/problem+json")
+        # Beyond that nginx does not even pass it on; Caddy does until it has counted so much, and then tells of the server
+        # that has refused and gone.
         beyond = await http.put("/v1/users", headers=key, content=b" " * (4 * BULK_BYTES_MAX))
-        assert beyond.status_code == 413
+        assert beyond.status_code in ({413} if behind.secure else {413, 502})
 
 
 async def test_what_is_for_operators_is_not_for_the_world(behind: Front) -> None:
@@ -125,7 +111,7 @@ async def test_a_reload_of_nginx_keeps_the_sockets(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed: apt-get install nginx")
-async def test_a_node_that_comes_back_is_used_again_and_a_poll_survives(tmp_path: Path) -> None:
+async def test_a_node_that_comes_back_is_used_again(tmp_path: Path) -> None:
     async with front(tmp_path, nginx, secure=True) as behind, behind.http() as http:
         await behind.server.restart(graceful=True)
         async with asyncio.timeout(30):
