@@ -80,8 +80,8 @@ async def test_a_refusal_is_the_servers_up_to_its_own_bounds(behind: Front) -> N
         key = {"Authorization": f"Bearer {behind.api_key}", "Content-Type": "application/json"}
         large = await http.put("/v1/users", headers=key, content=b" " * (BULK_BYTES_MAX - 40_000) + b'{"users":[]}')
         assert (large.status_code, large.headers["content-type"]) == (422, "application/problem+json")
-        # Beyond that nginx does not even pass it on; Caddy does until it has counted so much, and then tells of the server
-        # that has refused and gone.
+        # Beyond that nginx does not even pass it on; Caddy does until it has counted so much, and then may tell of the
+        # server that has refused and gone.
         beyond = await http.put("/v1/users", headers=key, content=b" " * (4 * BULK_BYTES_MAX))
         assert beyond.status_code in ({413} if behind.secure else {413, 502})
 
