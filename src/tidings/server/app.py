@@ -11,6 +11,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,6 +29,7 @@ from tidings.server.errors import UnsafeStore
 from tidings.server.gateway.endpoint import socket_protocol
 from tidings.server.gateway.gateway import Gateway
 from tidings.server.gateway.http import http_routes
+from tidings.server.jobs.health import probe_store
 from tidings.server.jobs.outbox import trim_outbox
 from tidings.server.services import Services
 from tidings.server.services.access import AccessService
@@ -324,6 +326,7 @@ class Server:
         services = core.services
         rate = Rate(config.rest_rate_per_second, config.rest_burst)
         limiter = Limiter(rate, shared=bool(core.bus.node))
+        core.metrics.info.labels(version("tidings")).value = 1
         self.gateway = Gateway(services, core.bus, config, services.clock, services.ids, core.metrics, limiter)
         self._tasks = Tasks("server")
         self.rest = create_rest_app(
@@ -372,6 +375,9 @@ class Server:
         self.gateway.start()
         receipts = self._tasks.spawn(self.core.services.receipts.run(), "receipts")
         self._tasks.spawn(trim_outbox(self.core.services.store), "outbox")
+        self._tasks.spawn(
+            probe_store(self.core.services.store, self.core.metrics, self.core.services.clock), "store's health"
+        )
         self._tasks.spawn(self._finish_deletions(), "deletions")
         self._tasks.spawn(watch_event_loop(self.core.metrics, self.core.services.clock), "event loop")
         if (seconds := watchdog_seconds()) is not None:

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TextIO, TypeVar, cast
 
 import msgspec
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -363,9 +363,15 @@ class Metrics(Collector):
         self.auth_refused = self._counters("auth_refused_total", "Refused tokens and API keys.", "code")
         self.closes = self._counters("closes_total", "Connections that the server closed.", "code")
         self.rate_limited = self._counters("rate_limited_total", "Commands and requests over a limit.", "limit")
-        self.commands = self._counters("commands_total", "Commands on sockets.", "type")
+        self.commands = self._counters("commands_total", "Commands that had to be waited for.", "type")
         self.catch_up_events = self._counter("catch_up_events_total", "Events read from the log for a device.")
         self.slow_readers = self._counter("slow_readers_total", "Sockets taken off live delivery to the log.")
+        self.behind = self._gauge("behind", "Sessions that read a stream from the log at the moment.")
+        self.behind_events = self._gauge("behind_events", "What the furthest behind of them has still to read.")
+        self.paused = self._gauge("paused", "Connections whose peer takes less than it is sent.")
+        self.users = self._gauge("users", "Users with a session on this node.")
+        self.streams = self._gauge("streams", "Streams that somebody on this node listens to.")
+        self.draining = self._gauge("draining", "1 from being asked to stop until the end.")
 
         # Delivery
         self.deliveries = self._counter("deliveries_total", "Events written to sockets.")
@@ -375,8 +381,16 @@ class Metrics(Collector):
         self.sends = self._counters(
             "sends_total", "Sends over sockets, by outcome: stored, repeated, refused.", "outcome"
         )
+        self.send_seconds = self._histogram(
+            "send_seconds", "From the frame of a send to its answer, if it was decided from memory.", _SECONDS
+        )
         self.commit_seconds = self._histogram("commit_seconds", "One commit with its fsync.", _SECONDS)
         self.batch_size = self._histogram("append_batch_size", "Appends that shared one commit.", _COUNTS)
+
+        self.store_up = self._gauge("store_up", "Whether the store answered when it was last asked.")
+        self.store_probe_seconds = self._histogram(
+            "store_probe_seconds", "Reading one row, tried every few seconds.", _SECONDS
+        )
 
         # The bus between nodes
         self.bus_connected = self._gauge("bus_connected", "1 while other nodes can be heard and told.")
@@ -396,6 +410,12 @@ class Metrics(Collector):
         self.event_loop_lag = self._gauge("event_loop_lag_seconds", "How late a timer last fired.")
         self.event_loop_lag_seconds = self._histogram("event_loop_stall_seconds", "How late timers fired.", _SECONDS)
         self.internal_errors = self._counters("internal_errors_total", "Errors that are our fault.", "where")
+        self.info = self._gauges("info", "1, with what this node is in its labels.", "version")
+        self._measured: list[Callable[[], None]] = []
+
+    def measure(self, read: Callable[[], None]) -> None:
+        """Call `read` before each scrape: it sets gauges that would cost more to keep current."""
+        self._measured.append(read)
 
     def collect(self) -> Iterator[Metric]:
         """What prometheus_client asks for at each scrape."""
@@ -403,9 +423,16 @@ class Metrics(Collector):
             yield _render(metric)
 
     def exposition(self) -> bytes:
-        """All metrics as Prometheus' text format, for `GET /metrics`; its type is EXPOSITION_TYPE."""
+        """All metrics as Prometheus' text format, for `GET /metrics`; its type is EXPOSITION_TYPE.
+
+        With those of the process, by the names that all programs use: `process_cpu_seconds_total`,
+        `process_resident_memory_bytes`, `process_open_fds`, `process_max_fds`.
+        """
+        for read in self._measured:
+            read()
         registry = CollectorRegistry(auto_describe=False)
         registry.register(self)
+        ProcessCollector(registry=registry)
         return generate_latest(registry)
 
     def _declare(

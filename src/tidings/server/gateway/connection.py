@@ -120,6 +120,7 @@ class Connection(Peer):
             if actor is not None and type(command) is not Ping:
                 verdict = self.gateway.limiter.take((self.app, actor.via), self.session.heard_at)
                 if not verdict.allowed:
+                    self.gateway.rate_refused.inc()
                     self.session.answered()
                     self.refuse(
                         Refusal(
@@ -136,6 +137,8 @@ class Connection(Peer):
             else:
                 self._start(command)
         elif isinstance(action, Answer):
+            if action.refusal.code == "rate_limited":
+                self.gateway.rate_refused.inc()
             self.refuse(action.refusal, action.ref)
         elif isinstance(action, Close):
             self.close(action.refusal, action.ref)
@@ -254,6 +257,7 @@ class Connection(Peer):
         except Refusal as refusal:
             self._answered()
             if isinstance(command, Connect):
+                self.gateway.metrics.auth_refused.labels(refusal.code).inc()
                 self.close(refusal, ref)
             else:
                 self.refuse(refusal, ref)
@@ -261,6 +265,7 @@ class Connection(Peer):
             raise
         except Exception as error:
             self._answered()
+            self.gateway.metrics.internal_errors.labels("socket").inc()
             log.error("command_failed", command=type(command).__name__, session=self.id, exc_info=error)
             internal = Refusal("internal", "Something went wrong on our side; it has been logged.")
             if isinstance(command, Connect):
@@ -279,13 +284,14 @@ class Connection(Peer):
         actor = self.actor
         if actor is None:
             return False
-        ref, channel = command.ref, command.channel
+        ref, channel, heard_at = command.ref, command.channel, self.session.heard_at
 
         def done(outcome: Appended | Exception) -> None:
             self._in_store -= 1
             if type(outcome) is Appended:
                 self.session.answered()
                 self.sent(ref, channel, outcome)
+                self.gateway.send_seconds.observe(self.gateway.clock.monotonic() - heard_at)
             elif isinstance(outcome, Stale):
                 # Who may do what has changed meanwhile: decide again, in the order of sending, before what follows.
                 self.gateway.access.forget_channel(actor.app.app, channel)
@@ -299,6 +305,7 @@ class Connection(Peer):
                 self.refuse(outcome, ref)
             else:
                 self.session.answered()
+                self.gateway.metrics.internal_errors.labels("append").inc()
                 log.error("append_failed", session=self.id, exc_info=outcome)
                 self.refuse(Refusal("internal", "Something went wrong on our side; it has been logged."), ref)
             if not self._in_store:

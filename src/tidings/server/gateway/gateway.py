@@ -141,6 +141,9 @@ class Gateway:
         self.stored = metrics.sends.labels("stored")
         self.repeated = metrics.sends.labels("repeated")
         self.send_refused = metrics.sends.labels("refused")
+        self.send_seconds = metrics.send_seconds
+        self.rate_refused = metrics.rate_limited.labels("socket")
+        metrics.measure(self._measure)
         self.tasks = Tasks("gateway")
         # None on the only node there is.
         self.nodes = Nodes(self) if bus.node else None
@@ -186,6 +189,7 @@ class Gateway:
     async def drain(self, seconds: float) -> None:
         """Tell every client when to come back, spread over `reconnect_spread_seconds`, and close them."""
         self.draining = True
+        self.metrics.draining.value = 1
         self.sync.wake_all()
         spread = self.config.reconnect_spread_seconds
         for connection in list(self.connections):
@@ -352,6 +356,22 @@ class Gateway:
             metrics.flush_frames.observe(frames / peers)
             metrics.deliveries.value = hub.deliveries
             metrics.slow_readers.value = hub.put_behind
+
+    def _measure(self) -> None:
+        """Set the gauges that are read from what is there."""
+        behind = paused = furthest = 0
+        for connection in self.connections:
+            paused += connection.transport_paused
+            lag = -1
+            for sid, position in connection.behind.items():
+                stream = connection.streams.get(sid)
+                if stream is not None and position is not None:
+                    lag = max(lag, stream.head - position)
+            behind += lag >= 0
+            furthest = max(furthest, lag)
+        metrics = self.metrics
+        metrics.behind.value, metrics.behind_events.value, metrics.paused.value = behind, furthest, paused
+        metrics.users.value, metrics.streams.value = len(self.hub.users), len(self.hub.streams)
 
     # ------------------------------------------------------------ connect
 
@@ -596,6 +616,7 @@ class Gateway:
                 continue
             except Exception as error:
                 # A row that cannot be read must not keep the other streams waiting, nor be tried for ever.
+                self.metrics.internal_errors.labels("catch-up").inc()
                 log.error("catch_up_failed", stream=stream.name, after=position, exc_info=error)
                 if sid in behind:
                     behind[sid] = None
@@ -634,6 +655,7 @@ class Gateway:
 
     async def dispatch(self, connection: Connection, actor: Actor, command: AnyCommand) -> bytes | None:
         """Do what a command asks; its encoded reply. Raises Refusal."""
+        self.metrics.commands.labels(command.__struct_config__.tag).inc()  # type: ignore[arg-type]
         ref = command.ref
         services = self.services
         match command:
