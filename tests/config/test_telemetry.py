@@ -19,7 +19,6 @@ from tidings.server.telemetry import (
     Metrics,
     get_logger,
     setup_logging,
-    tracer,
     watch_event_loop,
 )
 
@@ -174,8 +173,3 @@ async def test_a_blocked_event_loop_is_measured() -> None:
             await asyncio.sleep(0)
         watch.cancel()
         await asyncio.gather(watch, return_exceptions=True)
-
-
-def test_without_tracing_spans_do_nothing() -> None:
-    with tracer(False).start_as_current_span("x") as span:
-        assert not span.is_recording()

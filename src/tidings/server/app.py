@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from tidings.server.bus.nats_link import Credentials
     from tidings.server.outbound import GuardedClient
     from tidings.server.store.migrations import Plan
+    from tidings.server.tracing import Tracing
 
 log = get_logger(__name__)
 
@@ -79,6 +80,7 @@ class Core:
     changes: Changes
     metrics: Metrics
     jwks: JwksCache
+    tracing: Tracing | None = None
 
     async def close(self) -> None:
         """Let go of what it holds, the store last."""
@@ -86,6 +88,8 @@ class Core:
         await self.jwks.aclose()
         await self.bus.close()
         await self.services.store.close()
+        if self.tracing is not None:
+            await self.tracing.close()
 
 
 @asynccontextmanager
@@ -99,6 +103,7 @@ async def open_core(
     """
     clock = clock or SystemClock()
     metrics = metrics or Metrics()
+    tracing = _tracing(config)
     opened = await open_store(config, observe=_observer(metrics), on_bus=on_bus)
     store = opened.store
     try:
@@ -113,7 +118,11 @@ async def open_core(
     except BaseException:
         await store.close()
         raise
-    core = compose(config, store=store, bus=bus, keyring=keyring, clock=clock, ids=ids, metrics=metrics)
+    if tracing is not None:
+        store, bus = tracing.store(store), tracing.bus(bus)
+    core = compose(
+        config, store=store, bus=bus, keyring=keyring, clock=clock, ids=ids, metrics=metrics, tracing=tracing
+    )
     try:
         yield core
     finally:
@@ -121,7 +130,15 @@ async def open_core(
 
 
 def compose(
-    config: Config, *, store: Store, bus: Bus, keyring: Keyring, clock: Clock, ids: Ids, metrics: Metrics
+    config: Config,
+    *,
+    store: Store,
+    bus: Bus,
+    keyring: Keyring,
+    clock: Clock,
+    ids: Ids,
+    metrics: Metrics,
+    tracing: Tracing | None = None,
 ) -> Core:
     """The use-cases over a store and a bus, whichever they are."""
     changes = Changes(store, bus)
@@ -149,7 +166,16 @@ def compose(
         sync=sync,
         bus=bus,
     )
-    return Core(services, bus, keyring, changes, metrics, jwks)
+    return Core(services, bus, keyring, changes, metrics, jwks, tracing)
+
+
+def _tracing(config: Config) -> Tracing | None:
+    """Where the setting is off, its libraries are not even loaded."""
+    if not config.tracing:
+        return None
+    from tidings.server.tracing import start_tracing
+
+    return start_tracing(config.node)
 
 
 async def open_bus(config: Config, ids: Ids, metrics: Metrics) -> Bus:
@@ -327,7 +353,8 @@ class Server:
         rate = Rate(config.rest_rate_per_second, config.rest_burst)
         limiter = Limiter(rate, shared=bool(core.bus.node))
         core.metrics.info.labels(version("tidings")).value = 1
-        self.gateway = Gateway(services, core.bus, config, services.clock, services.ids, core.metrics, limiter)
+        made = Gateway if core.tracing is None else core.tracing.gateway
+        self.gateway = made(services, core.bus, config, services.clock, services.ids, core.metrics, limiter)
         self._tasks = Tasks("server")
         self.rest = create_rest_app(
             services,
@@ -340,7 +367,7 @@ class Server:
         )
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
-                self.rest,
+                self.rest if core.tracing is None else core.tracing.rest(self.rest),
                 host=config.host,
                 port=config.port,
                 http=http_protocol(config),

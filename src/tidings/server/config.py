@@ -261,8 +261,8 @@ class Config:
     )
     tracing: bool = _setting(
         False,
-        "Emit OpenTelemetry spans through whatever SDK the process has installed.",
-        why="A span costs more than many of the operations that it would measure.",
+        "Emit OpenTelemetry spans. Needs tidings[otel]; where to, OTEL_EXPORTER_OTLP_ENDPOINT says.",
+        why="A span costs more than many of the operations that it would measure: see docs/operate/observe.md.",
     )
     development: bool = _setting(
         False,

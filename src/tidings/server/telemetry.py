@@ -1,4 +1,4 @@
-"""Logs, metrics and traces. They carry identifiers, never content and never secrets.
+"""Logs and metrics. They carry identifiers, never content and never secrets.
 
 Logs are events, not sentences: `log.info("channel.created", channel=channel.id)`. Fields whose name says that they hold
 content or secrets are withheld, whoever logs them; so are texts that look like tokens, and messages of exceptions and
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TextIO, TypeVar, cast
+from typing import Any, Final, Generic, Literal, TextIO, TypeVar, cast
 
 import msgspec
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -42,9 +42,6 @@ def _unseen(package: str) -> Iterator[None]:
         del sys.modules[package]
 
 
-if TYPE_CHECKING:
-    from opentelemetry.trace import Tracer
-
 # It would load all of rich, a tenth of the server's start, to draw tracebacks; ours are drawn by `_Explain`.
 with _unseen("rich"):
     import structlog
@@ -59,7 +56,6 @@ __all__ = [
     "Metrics",
     "get_logger",
     "setup_logging",
-    "tracer",
     "watch_event_loop",
 ]
 
@@ -508,13 +504,3 @@ async def watch_event_loop(metrics: Metrics, clock: Clock) -> None:
         lag = max(0.0, clock.monotonic() - due)
         metrics.event_loop_lag.value = lag
         metrics.event_loop_lag_seconds.observe(lag)
-
-
-# --- traces ----------------------------------------------------------------------------------------------------------
-
-
-def tracer(enabled: bool) -> "Tracer":
-    """The tracer of this process, or one whose spans do nothing. Attributes are identifiers, as in logs."""
-    from opentelemetry import trace
-
-    return trace.get_tracer("tidings") if enabled else trace.NoOpTracer()

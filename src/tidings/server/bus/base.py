@@ -22,11 +22,14 @@ class Published(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """Stream `sid` has grown by the event `seq`; `payload` is its encoding, the same bytes for every reader.
 
     An empty payload comes from a bus that could not carry it: then the log is to be read.
+
+    `trace`: the W3C `traceparent` of its cause where traces are kept, so that they go on on the nodes that hear of it.
     """
 
     sid: int
     seq: int
     payload: bytes
+    trace: str = ""
 
 
 class Joined(msgspec.Struct, frozen=True, array_like=True, tag=2):
