@@ -162,6 +162,12 @@ def test_a_certificate_is_looked_at_before_it_expires(tmp_path: Path) -> None:
     assert doctor.check_certificate(path, begin).status == "fail"
 
 
+def test_what_tracing_needs_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.check_tracing().status == "ok"
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    assert doctor.check_tracing().do == "pip install 'tidings[otel]'"
+
+
 def test_a_whole_examination_says_what_to_do_about_everything_that_is_not_well(tmp_path: Path) -> None:
     environ = {"TIDINGS_DATA_DIR": str(tmp_path / "data"), "TIDINGS_PORT": "0"}
     findings = list(examine(environ=environ))

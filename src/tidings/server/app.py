@@ -353,6 +353,8 @@ class Server:
         rate = Rate(config.rest_rate_per_second, config.rest_burst)
         limiter = Limiter(rate, shared=bool(core.bus.node))
         core.metrics.info.labels(version("tidings")).value = 1
+        if config.tls_cert is not None:
+            core.metrics.certificate_expires.value = _expiry(config.tls_cert)
         made = Gateway if core.tracing is None else core.tracing.gateway
         self.gateway = made(services, core.bus, config, services.clock, services.ids, core.metrics, limiter)
         self._tasks = Tasks("server")
@@ -436,6 +438,13 @@ class Server:
         finished += await self.core.services.channels.resume_deletions()
         if finished:
             log.info("deletions_resumed", count=finished)
+
+
+def _expiry(certificate: Path) -> float:
+    """When it expires, Unix time. The file has been looked at before: `load_config`."""
+    from cryptography import x509
+
+    return x509.load_pem_x509_certificates(certificate.read_bytes())[0].not_valid_after_utc.timestamp()
 
 
 class _Uvicorn(uvicorn.Server):

@@ -6,6 +6,7 @@ and removes one small file in the data directory. `examine` runs them all. Print
 
 import asyncio
 import datetime
+import importlib.util
 import os
 import resource
 import shutil
@@ -441,6 +442,19 @@ def check_certificate(path: Path, now: datetime.datetime) -> Finding:
     return Finding("ok", name, what)
 
 
+def check_tracing() -> Finding:
+    """What the setting `tracing` needs is installed."""
+    name = "tracing"
+    for package in ("opentelemetry.sdk", "opentelemetry.exporter"):
+        try:
+            found = importlib.util.find_spec(package)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            return Finding("fail", name, f"{package} is not installed", "pip install 'tidings[otel]'")
+    return Finding("ok", name, "its libraries are installed")
+
+
 # --- all together ----------------------------------------------------------------------------------------------------
 
 
@@ -481,6 +495,8 @@ def examine(
         yield check_port(config.host, config.port)
     if config.tls_cert is not None:
         yield check_certificate(config.tls_cert, datetime.datetime.now(datetime.UTC))
+    if config.tracing:
+        yield check_tracing()
 
 
 def worst(findings: Iterable[Finding]) -> Status:

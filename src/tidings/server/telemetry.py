@@ -406,6 +406,9 @@ class Metrics(Collector):
         self.event_loop_lag = self._gauge("event_loop_lag_seconds", "How late a timer last fired.")
         self.event_loop_lag_seconds = self._histogram("event_loop_stall_seconds", "How late timers fired.", _SECONDS)
         self.internal_errors = self._counters("internal_errors_total", "Errors that are our fault.", "where")
+        self.certificate_expires = self._gauge(
+            "certificate_expires_seconds", "When the node's own certificate expires, Unix time; 0 without one."
+        )
         self.info = self._gauges("info", "1, with what this node is in its labels.", "version")
         self._measured: list[Callable[[], None]] = []
 
