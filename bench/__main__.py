@@ -6,6 +6,7 @@ Exit code 0 whether or not goals are met: 1 means that a scenario could not be m
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ from rich.table import Table
 from . import server
 from .measure import Findings, number
 from .plan import Plan
+from .results import save
 
 
 class Scenario(NamedTuple):
@@ -55,6 +57,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a tenth of the work: only to see that it runs")
     parser.add_argument("--long", action="store_true", help="history with 10^7 messages too: fills the disk with 10 GB")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.add_argument("--save", action="store_true", help="keep them in bench/results.json, for bench.capacity")
     options = parser.parse_args()
     if options.list:
         for scenario in SCENARIOS:
@@ -62,6 +65,8 @@ def main() -> int:
         return 0
     if unknown := sorted(set(options.scenario) - set(names)):
         parser.error(f"no such scenario: {', '.join(unknown)}; there are {', '.join(names)}")
+    if options.save and options.quick:
+        parser.error("the numbers of --quick are noise: they are not kept")
     plan = Plan(options.runs or (1 if options.quick else 5), options.quick, options.long)
     server.raise_file_limit()
     chosen = [scenario for scenario in SCENARIOS if not options.scenario or scenario.name in options.scenario]
@@ -81,8 +86,10 @@ def main() -> int:
         seconds = time.monotonic() - began
         _show(console, scenario, findings, seconds, load)
         results.append(_as_json(scenario, findings, seconds, load))
+    machine = {"python": platform.python_version(), "kernel": platform.release(), "cores": os.cpu_count()}
+    if options.save:
+        save([{**result, "on": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}", **machine} for result in results])
     if options.json:
-        machine = {"python": platform.python_version(), "kernel": platform.release(), "cores": os.cpu_count()}
         print(json.dumps({"machine": machine, "runs": plan.runs, "scenarios": results}, indent=2))
     return 1 if failed else 0
 
