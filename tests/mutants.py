@@ -1132,6 +1132,30 @@ MUTANTS: list[Mutant] = [
         old="if (older.connected_at_ms, older.id) < (notice.at_ms, notice.session) or (",
         new="if True or (",
         tests=["tests/gateway/test_nodes.py", "-k", "twice_at_once"],
+    Mutant(
+        check="S8",
+        why="a span quotes what was raised, and with it what somebody wrote",
+        file="src/tidings/server/tracing.py",
+        old="name, kind=kind, attributes=_named(about), record_exception=False, set_status_on_exception=False",
+        new="name, kind=kind, attributes=_named(about), record_exception=True, set_status_on_exception=False",
+        tests=["tests/gateway/test_tracing.py", "-k", "without_its_words"],
+    ),
+    Mutant(
+        check="D21",
+        why="a store that is away counts as there: nobody is woken",
+        file="src/tidings/server/jobs/health.py",
+        old="metrics.store_up.value = 0",
+        new="metrics.store_up.value = 1",
+        tests=["tests/gateway/test_metrics.py", "-k", "is_down_and_comes_back"],
+    ),
+    Mutant(
+        check="deploy",
+        why="systemd never hears that the server is ready",
+        file="src/tidings/server/app.py",
+        old="""            notify("READY=1")
+""",
+        new="",
+        tests=["tests/deploy/test_systemd.py", "-k", "says_when_it_answers"],
     ),
 ]
 

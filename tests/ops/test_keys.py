@@ -247,3 +247,15 @@ async def test_progress_is_told_and_two_rotations_exclude_each_other(place: Plac
     assert (done.status, "in use by a rotation of keys" in done.err) == (1, True)
     done = await tidings("keys", "rotate-app", "--data-dir", place.data)
     assert (done.status, "Name one app, or say --all" in done.err) == (1, True)
+
+
+async def test_a_key_file_for_several_nodes_is_made_once_and_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "root.key"
+    done = await tidings("keys", "create", path)
+    assert done.status == 0, done.err
+    made = path.read_bytes()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert KeyFile(path, create=False).current_kid in done.err
+    again = await tidings("keys", "create", path)
+    assert (again.status, path.read_bytes()) == (1, made)
+    assert "exists already" in again.err

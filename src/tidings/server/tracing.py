@@ -65,7 +65,7 @@ class Tracing:
 
     def bus(self, bus: Bus) -> Bus:
         """The bus with a span around each event that is published."""
-        return TracedBus(bus, self.tracer)
+        return cast(Bus, TracedBus(bus, self.tracer))
 
     def gateway(self, services: Services, bus: Bus, *arguments: Any) -> Gateway:
         """A gateway with a span around each command. The arguments are those of `Gateway`."""
@@ -292,7 +292,7 @@ class TracedGateway(Gateway):
     """The gateway with a span around each command and each catch-up."""
 
     def __init__(self, tracer: Tracer, services: Services, bus: Bus, *arguments: Any) -> None:
-        super().__init__(services, HeardBus(bus, tracer), *arguments)
+        super().__init__(services, cast(Bus, HeardBus(bus, tracer)), *arguments)
         self._tracer = tracer
         self.messages = cast(Messages, TracedMessages(self.messages, tracer))
 
