@@ -1138,7 +1138,7 @@ MUTANTS: list[Mutant] = [
         file="src/tidings/server/tracing.py",
         old="name, kind=kind, attributes=_named(about), record_exception=False, set_status_on_exception=False",
         new="name, kind=kind, attributes=_named(about), record_exception=True, set_status_on_exception=False",
-        tests=["tests/gateway/test_tracing.py", "-k", "without_its_words"],
+        tests=["tests/gateway/test_tracing.py", "-k", "does_not_quote"],
     ),
     Mutant(
         check="D21",
