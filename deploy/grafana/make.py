@@ -96,6 +96,26 @@ ROWS: dict[str, list[tuple[str, str, str, list[tuple[str, str]]]]] = {
             (f"min by (node) (tidings_store_up{N})", "{{node}} up"),
         ]),
     ],
+    "Bus": [
+        ("Connected", "1 while other nodes can be heard and told. Without, messages reach them seconds later.", "short", [
+            (f"min by (node) (tidings_bus_connected{N})", "{{node}}"),
+        ]),
+        ("Notices", "Told, heard, and what could not be told.", "cps", [
+            (f"sum by (node) ({rate('tidings_bus_published_total')})", "{{node}} told"),
+            (f"sum by (node) ({rate('tidings_bus_received_total')})", "{{node}} heard"),
+            (f"sum by (node) ({rate('tidings_bus_dropped_total')})", "{{node}} dropped"),
+        ]),
+        ("Found in the store", "Streams whose growth was not heard, and losses of the bus.", "cps", [
+            (f"sum by (node) ({rate('tidings_bus_healed_total')})", "{{node}} healed"),
+            (f"sum by (node) ({rate('tidings_bus_reconnects_total')})", "{{node}} reconnects"),
+        ]),
+        ("To the bus and back", "The last round trip.", "s", [
+            (f"max by (node) (tidings_bus_round_trip_seconds{N})", "{{node}}"),
+        ]),
+        ("Interests", "Subjects that a node listens to.", "short", [
+            (f"sum by (node) (tidings_bus_interests{N})", "{{node}}"),
+        ]),
+    ],
     "Nodes": [
         ("Processor", "One node uses one core.", "percentunit", [
             (f"sum by (node) ({rate('process_cpu_seconds_total')})", "{{node}}"),
