@@ -97,7 +97,7 @@ ROWS: dict[str, list[tuple[str, str, str, list[tuple[str, str]]]]] = {
         ]),
     ],
     "Bus": [
-        ("Connected", "1 while other nodes can be heard and told. Without, messages reach them seconds later.", "short", [
+        ("Connected", "1 while other nodes can be heard and told. Without, messages come seconds later.", "short", [
             (f"min by (node) (tidings_bus_connected{N})", "{{node}}"),
         ]),
         ("Notices", "Told, heard, and what could not be told.", "cps", [
