@@ -216,6 +216,7 @@ def test_compose_is_whole() -> None:
     assert len({compose["services"][name]["environment"]["TIDINGS_NODE"] for name in nodes}) == len(nodes) == 2
     for name in nodes:
         one = compose["services"][name]
+        assert one["environment"]["TIDINGS_NODE"].isalnum()
         assert one["depends_on"]["migrate"] == {"condition": "service_completed_successfully"}
         # The same key file for all: what one node writes another one reads.
         assert "root_key" in one["secrets"]
