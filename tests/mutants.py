@@ -1132,6 +1132,7 @@ MUTANTS: list[Mutant] = [
         old="if (older.connected_at_ms, older.id) < (notice.at_ms, notice.session) or (",
         new="if True or (",
         tests=["tests/gateway/test_nodes.py", "-k", "twice_at_once"],
+    ),
     Mutant(
         check="S8",
         why="a span quotes what was raised, and with it what somebody wrote",

@@ -366,7 +366,7 @@ class Metrics(Collector):
         self.behind_events = self._gauge("behind_events", "What the furthest behind of them has still to read.")
         self.paused = self._gauge("paused", "Connections whose peer takes less than it is sent.")
         self.users = self._gauge("users", "Users with a session on this node.")
-        self.streams = self._gauge("streams", "Streams that somebody on this node listens to.")
+        self.streams = self._gauge("streams", "Streams that this node listens to.")
         self.draining = self._gauge("draining", "1 from being asked to stop until the end.")
 
         # Delivery

@@ -29,6 +29,7 @@ from tidings.server.bus.base import Bus, Notice, Published
 from tidings.server.errors import Refusal, TidingsError
 from tidings.server.gateway.connection import Connection
 from tidings.server.gateway.gateway import Gateway
+from tidings.server.gateway.hub import Hub
 from tidings.server.services import Services
 from tidings.server.services.access import Actor
 from tidings.server.services.messages import Draft, Messages
@@ -223,6 +224,10 @@ class HeardBus:
         self._bus.publish(notice)
 
     def listen(self, listener: Callable[[Notice], None]) -> None:
+        if getattr(listener, "__func__", None) is not Hub.notice:
+            self._bus.listen(listener)
+            return
+
         def heard(notice: Notice) -> None:
             if type(notice) is not Published:
                 listener(notice)

@@ -360,7 +360,10 @@ class Gateway:
     def _measure(self) -> None:
         """Set the gauges that are read from what is there."""
         behind = paused = furthest = 0
+        users = set()
         for connection in self.connections:
+            if connection.user:
+                users.add((connection.app, connection.user))
             paused += connection.transport_paused
             lag = -1
             for sid, position in connection.behind.items():
@@ -371,7 +374,7 @@ class Gateway:
             furthest = max(furthest, lag)
         metrics = self.metrics
         metrics.behind.value, metrics.behind_events.value, metrics.paused.value = behind, furthest, paused
-        metrics.users.value, metrics.streams.value = len(self.hub.users), len(self.hub.streams)
+        metrics.users.value, metrics.streams.value = len(users), len(self.hub.streams)
 
     # ------------------------------------------------------------ connect
 
