@@ -1166,6 +1166,30 @@ MUTANTS: list[Mutant] = [
         new="",
         tests=["tests/deploy/test_systemd.py", "-k", "says_when_it_answers"],
     ),
+    Mutant(
+        check="G4",
+        why="`connected` vouches for what is still on its way",
+        file="src/tidings/server/gateway/gateway.py",
+        old="            mark = command.since or NO_MARK\n",
+        new="            pass\n",
+        tests=["tests/gateway/test_catch_up.py", "-k", "vouch"],
+    ),
+    Mutant(
+        check="G4",
+        why="a gap that another node has left is not read from the log",
+        file="src/tidings/server/gateway/hub.py",
+        old="                peer.behind[stream.sid] = last\n                peer.fell_behind()\n",
+        new="                pass\n",
+        tests=["tests/sim", "-k", "whatever_happens"],
+    ),
+    Mutant(
+        check="G8",
+        why="whoever is told that they have joined is asked about under what was remembered before",
+        file="src/tidings/server/services/members.py",
+        old="            notices.insert(0, AccessChanged(",
+        new="            notices.append(AccessChanged(",
+        tests=["tests/services/test_members.py"],
+    ),
 ]
 
 Verdict = Literal["caught", "SURVIVED", "STALE", "BROKEN"]

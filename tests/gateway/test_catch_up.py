@@ -135,6 +135,28 @@ async def test_streams_that_moved_since_are_held_until_the_client_names_them(nod
     assert alice.events("c") == [head + 1]
 
 
+async def test_a_mark_does_not_vouch_for_what_is_still_on_its_way(node: Node) -> None:
+    node.clock.advance(60)
+    mark = (await node.connect("alice", "other")).of("connected")[0]["mark"]
+    await node.send("c")
+    head = await node.head("c")
+    node.clock.advance(60)
+    alice = await node.connect("alice", since=mark)
+    # Whoever loses the line now has to be told of "c" again.
+    assert alice.of("connected")[0]["mark"] == mark
+    assert (await alice.ask("heads", since=mark))["mark"] == mark
+    assert (await alice.ask("ping"))["mark"] == mark
+    await alice.ask("sync", positions={"c": {"seq": head - 1}})
+    await caught_up(alice, "c")
+    assert (await alice.ask("ping"))["mark"] > mark
+    # With positions and no mark there is nothing that vouches for anything.
+    node.clock.advance(60)
+    alice = await node.connect("alice", positions={"c": {"seq": head - 1}})
+    everything = alice.of("connected")[0]["mark"]
+    again = await node.connect("alice", since=everything)
+    assert "c" in [entry["stream"] for entry in again.of("connected")[0]["moved"]]
+
+
 async def test_a_stream_of_positions_is_not_listed_as_moved(node: Node) -> None:
     mark = (await node.connect("bob")).of("connected")[0]["mark"]
     await node.send("c")

@@ -15,7 +15,10 @@ from .test_users import refused
 async def test_a_member_who_is_removed_is_cut_off_before_the_others_hear_of_it(world: World) -> None:
     alice, bob = await world.user("alice"), await world.user("bob")
     channel = await world.channel("alice", roles={"alice": "owner"})
+    world.notices.clear()
     added = await world.members.add(alice, channel.id, MembersAdd(users=["bob", "alice"]))
+    # Other nodes hear these one by one: what they remember of access goes before anybody is told to read.
+    assert [type(notice) for notice in world.notices] == [AccessChanged, Published, Published, Joined]
     assert [(member.user, member.role) for member in added] == [("bob", "member"), ("alice", "owner")]
     joined = world.told(Joined)[-1]
     assert (joined.user, joined.head) == ("bob", 2)

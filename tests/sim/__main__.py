@@ -13,6 +13,8 @@ from .world import Template, Verdict, make_template, run
 
 # Seeds that a process takes at a time.
 CHUNK = 25
+# Failures after which no more is played: they have the same few reasons.
+FAILED_MAX = 5
 
 _template: Template | None = None
 
@@ -59,6 +61,9 @@ def main() -> int:
                 if verdict.wrongs:
                     failed.append(verdict)
                     print(f"seed {verdict.seed}: {len(verdict.wrongs)} wrong, first {verdict.wrongs[0]}", flush=True)
+            if len(failed) >= FAILED_MAX:
+                pool.shutdown(wait=False, cancel_futures=True)
+                break
     print(f"{done} runs, {len(failed)} failed, {time.monotonic() - began:.0f} s: {dict(sorted(counts.items()))}")
     if failed:
         print(f"again: python -m tests.sim --seed {failed[0].seed} --trace")
