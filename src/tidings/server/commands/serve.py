@@ -52,11 +52,7 @@ def serve(
 
         tidings serve --store postgres://tidings@db.internal/tidings
     """
-    run(
-        settings(
-            config, data_dir, host=host, port=port, store=store, bus=bus, node=node, development=development
-        )
-    )
+    run(settings(config, data_dir, host=host, port=port, store=store, bus=bus, node=node, development=development))
 
 
 def run(config: Config) -> None:
