@@ -11,7 +11,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
@@ -69,8 +69,16 @@ def _base64(data: bytes) -> str:
 class BenchServer(ServerProcess):
     """A server with its first app's credentials."""
 
-    def __init__(self, data: Path, credentials: Credentials | None = None, *, store: str | None = None) -> None:
-        super().__init__(data, environment=ENVIRONMENT | ({} if store is None else {"TIDINGS_STORE": store}))
+    def __init__(
+        self,
+        data: Path,
+        credentials: Credentials | None = None,
+        *,
+        store: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        stored = {} if store is None else {"TIDINGS_STORE": store}
+        super().__init__(data, environment={**ENVIRONMENT, **stored, **(environment or {})})
         self._credentials = credentials
 
     @property
@@ -109,10 +117,12 @@ def scratch() -> Iterator[Path]:
 
 
 @asynccontextmanager
-async def fresh_server(store: str | None = None) -> AsyncIterator[BenchServer]:
+async def fresh_server(
+    store: str | None = None, *, environment: Mapping[str, str] | None = None
+) -> AsyncIterator[BenchServer]:
     """A running server on an empty data folder, which goes with it, or on the database that `store` names."""
     with scratch() as folder:
-        async with BenchServer(folder / "server", store=store) as server:
+        async with BenchServer(folder / "server", store=store, environment=environment) as server:
             yield server
 
 

@@ -19,6 +19,7 @@ ON_BOTH = frozenset(
         "services/test_admin.py",
         "api/test_messages.py",
         "gateway/test_catch_up.py",
+        "gateway/test_nodes.py",
     }
 )
 

@@ -654,8 +654,8 @@ MUTANTS: list[Mutant] = [
         check="S2",
         why="a removed member's sockets stay in the channel",
         file="src/tidings/server/gateway/hub.py",
-        old="        stream.subscribers.discard(subscriber)\n        stream.turn = -1\n",
-        new="        stream.subscribers.discard(subscriber)\n",
+        old="        stream.subscribers.pop(subscriber, None)\n        stream.turn = -1\n",
+        new="        stream.subscribers.pop(subscriber, None)\n",
         tests=["tests/gateway/test_hub.py", "-k", "removal"],
     ),
     Mutant(

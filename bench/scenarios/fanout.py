@@ -26,7 +26,7 @@ async def run(plan: Plan, findings: Findings) -> None:
     seconds = plan.seconds(5)
     messages = int(RATE * seconds)
     async with fresh_server() as server, worker(sendloop.drive, library, MEMBERS) as loop:
-        tokens = await _ward(server)
+        tokens = await ward(server)
         loop_port = await loop.receive()
         async with worker(drive, server.port, tokens, loop_port) as link:
             await link.receive()
@@ -54,7 +54,7 @@ async def run(plan: Plan, findings: Findings) -> None:
 async def run_flood(plan: Plan, findings: Findings) -> None:
     messages = plan.size(5_000, 500)
     async with fresh_server() as server:
-        tokens = await _ward(server)
+        tokens = await ward(server)
         async with worker(drive, server.port, tokens, None) as link:
             await link.receive()
             await link.ask(("flood", messages // 10))
@@ -72,7 +72,7 @@ async def run_flood(plan: Plan, findings: Findings) -> None:
     )
 
 
-async def _ward(server: BenchServer) -> list[str]:
+async def ward(server: BenchServer) -> list[str]:
     users = [f"user-{n}" for n in range(MEMBERS)]
     await make_users(server, users)
     await make_groups(server, {CHANNEL: users})

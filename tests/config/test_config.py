@@ -120,6 +120,7 @@ def test_everything_wrong_is_said_at_once() -> None:
 def test_the_value_of_an_unknown_variable_is_never_repeated() -> None:
     assert "hunter2" not in complaint(env={"TIDINGS_PASSWORD": "hunter2"})
     assert "hunter2" not in complaint(public_url="https://me:hunter2@example.com")
+    assert "hunter2" not in complaint(bus="nats://me:hunter2@nats-1:4222")
 
 
 def test_what_kubernetes_puts_into_the_environment_is_not_ours() -> None:
@@ -173,6 +174,17 @@ CONTRADICTIONS: list[tuple[str, dict[str, object]]] = [
     ("public_url", {"public_url": "chat.example.com"}),
     ("public_url", {"public_url": "https://chat.example.com/base"}),
     ("public_url", {"public_url": "https://chat.example.com:99999"}),
+    ("bus", {"bus": "nats-1:4222"}),
+    ("bus", {"bus": "nats://nats-1:4222,http://nats-2"}),
+    ("bus", {"bus": "nats://nats-1:99999"}),
+    ("bus", {"bus": ","}),
+    ("bus_credentials", {"bus_credentials": "tidings.toml"}),
+    ("bus_credentials", {"bus": "nats://nats-1", "bus_credentials": "missing"}),
+    ("bus_ca", {"bus": "nats://nats-1", "bus_ca": "missing"}),
+    ("cluster", {"cluster": "my.cluster"}),
+    ("cluster", {"cluster": ">"}),
+    ("node", {"node": "node-1"}),
+    ("node", {"node": "n" * 33}),
     ("jwks_allow_hosts", {"jwks_allow_hosts": "https://idp"}),
     ("connections_per_address", {"connections_per_address": 11, "connections_max": 10}),
     ("outbox_bytes_max", {"outbox_bytes_max": "64KiB", "frame_bytes_max": "65KiB"}),
@@ -186,6 +198,13 @@ def test_values_that_contradict_each_other_are_refused_by_name(name: str, given:
     with pytest.raises(ConfigError) as caught:
         load("", **given)
     assert [problem.setting for problem in caught.value.problems] == [name]
+
+
+def test_the_bus_is_local_or_a_list_of_servers() -> None:
+    assert Config().bus_servers == ()
+    assert load(bus="nats://nats-1, tls://10.0.0.7:4223").bus_servers == ("nats://nats-1", "tls://10.0.0.7:4223")
+    Path("nats.creds").write_text("token")
+    assert load(bus="nats://nats-1", bus_credentials="nats.creds").bus_credentials == Path("nats.creds")
 
 
 def test_a_list_may_be_written_with_commas_or_as_toml() -> None:

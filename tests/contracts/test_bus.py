@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from tidings.server.bus import nats as nats_bus
 from tidings.server.bus.base import Bus, Lost, Published, Signal
 from tidings.server.bus.local import LocalBus
 from tidings.server.bus.nats import NatsBus
-from tidings.server.bus.nats_link import NatsRefused, read_address, read_credentials
+from tidings.server.bus.nats_link import Credentials, NatsRefused, public_nkey, read_address, read_credentials
 from tidings.server.errors import BusUnavailable
 from tidings.server.telemetry import Metrics
 from tidings.testing.chaos import ChaosProxy
@@ -335,6 +337,41 @@ async def test_credentials_come_from_a_file(tmp_path: Path, options: tuple[str, 
         bus = await site.open(credentials=lambda: read_credentials(path))
         assert await bus.settle()
         await site.close()
+
+
+def nkey(seed: bytes) -> str:
+    """A user's seed as `nsc` and `nk` write it: kinds in two bytes, the seed, a checksum, in base 32."""
+    raw = bytes([0x90 | 0xA0 >> 5, (0xA0 & 31) << 3]) + seed
+    return base64.b32encode(raw + binascii.crc_hqx(raw, 0).to_bytes(2, "little")).decode().rstrip("=")
+
+
+async def test_an_nkey_signs_what_the_server_asks(tmp_path: Path) -> None:
+    seed = bytes(range(32))
+    config, path = tmp_path / "nats.conf", tmp_path / "user.nk"
+    config.write_text("authorization: { users: [ { nkey: " + public_nkey(seed) + " } ] }")
+    async with NatsProcess(tmp_path / "nats", arguments=("-c", str(config))) as nats:
+        site = NatsSite(nats.url)
+        path.write_text(nkey(bytes(32)))
+        with pytest.raises(NatsRefused):
+            await site.open(credentials=lambda: read_credentials(path))
+        path.write_text(nkey(seed) + "\n")
+        bus = await site.open(credentials=lambda: read_credentials(path))
+        assert await bus.settle()
+        await site.close()
+
+
+def test_a_creds_file_holds_a_jwt_and_a_seed(tmp_path: Path) -> None:
+    path = tmp_path / "user.creds"
+    path.write_text(
+        "-----BEGIN NATS USER JWT-----\neyJ0.a.b\n------END NATS USER JWT------\n\n"
+        "************************* IMPORTANT *************************\nKeep it safe.\n\n"
+        f"-----BEGIN USER NKEY SEED-----\n{nkey(bytes(range(32)))}\n------END USER NKEY SEED------\n"
+    )
+    assert read_credentials(path) == Credentials(jwt="eyJ0.a.b", seed=bytes(range(32)))
+    for wrong in ("", "-----BEGIN NATS USER JWT-----\neyJ0.a.b\n", "-----BEGIN X-----\na\n-----BEGIN Y-----\nb\n"):
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match=r"user\.creds"):
+            read_credentials(path)
 
 
 async def test_tls_is_spoken_where_the_url_or_the_server_says_so(tmp_path: Path) -> None:

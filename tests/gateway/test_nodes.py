@@ -71,9 +71,10 @@ class Cluster:
                 **settings,
             )
         )
-        # Every commit of another node looks like an operator's command to SQLite. A store for nodes tells them apart;
-        # here it must not do the bus's work.
-        made.core.services.store.changed_elsewhere = _nothing_changed
+        if made.config.embedded:
+            # Every commit of another node looks like an operator's command to SQLite. A store for nodes tells them
+            # apart; here it must not do the bus's work.
+            made.core.services.store.changed_elsewhere = _nothing_changed
         if self.nodes:
             # Keys of messages are the backend's own on each node.
             made.sent = 1_000 * len(self.nodes)

@@ -221,7 +221,7 @@ async def open_node(
     """A node in a directory, drained on the way out. `beside` another one it has its app and clock."""
     config = Config(
         data_dir=path / "data",
-        store=await postgres.store_setting(),
+        store=await postgres.store_setting() if beside is None else beside.config.store,
         key_file=path / "root.key",
         store_synchronous="off",
         allow_unsafe_store=True,

@@ -114,7 +114,7 @@ async def open_core(
     ids = Ids(clock)
     tracing = _tracing(config)
     try:
-        bus = await open_bus(config, ids, metrics)
+        bus = await open_bus(config, ids, metrics) if on_bus else LocalBus()
     except BaseException:
         await store.close()
         raise

@@ -2,7 +2,7 @@
 
 https://docs.nats.io/reference/reference-protocols/nats-protocol: lines of text over TCP. The server greets with
 `INFO`, the client answers `CONNECT`; then `PUB`, `SUB`, `UNSUB` one way, `MSG`, `HMSG` the other, `PING` and `PONG`
-both. Why not the official client: docs/decisions/0014-nats.md.
+both. Why not the official client: docs/decisions/0015-own-nats-client.md.
 
 Nothing here waits for the network but `open`, `settled` and `close`. What is written in one turn of the event loop
 leaves in one write. While the connection is away or its buffer is full, publishing says so by returning False, and
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import binascii
 import random
+import re
 import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -71,7 +73,8 @@ class Address:
 
 @dataclass(slots=True, frozen=True)
 class Credentials:
-    """What the servers are shown: user and password, a token, or a JWT with the seed that signs their nonce."""
+    """What the servers are shown: user and password, a token, or the signature of their nonce by the seed of an nkey,
+    with the JWT that vouches for it, if there is one."""
 
     user: str | None = None
     password: str | None = None
@@ -89,7 +92,7 @@ def read_address(url: str) -> Address:
 
 
 def read_credentials(path: Path) -> Credentials:
-    """Credentials from a file: what `nsc` writes (`.creds`), or one line with `user:password` or a token.
+    """Credentials from a file: what `nsc` writes (`.creds`, `.nk`), or one line with `user:password` or a token.
 
     Raises OSError, ValueError.
     """
@@ -98,6 +101,8 @@ def read_credentials(path: Path) -> Credentials:
         first = text.strip().splitlines()[0].strip() if text.strip() else ""
         if not first:
             raise ValueError(f"{path} is empty")
+        if re.fullmatch(r"SU[A-Z2-7]{56}", first):
+            return Credentials(seed=_read_seed(first, path))
         user, colon, password = first.partition(":")
         return Credentials(user=user, password=password) if colon else Credentials(token=first)
     found: list[str] = []
@@ -121,6 +126,12 @@ def _read_seed(text: str, path: Path) -> bytes:
     if len(raw) != 36:
         raise ValueError(f"{path} does not hold an nkey seed")
     return raw[2:34]
+
+
+def public_nkey(seed: bytes) -> str:
+    """The name under which a user's seed is known: its kind, the public key and a CRC-16 (XMODEM), in base 32."""
+    raw = b"\xa0" + Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw()
+    return base64.b32encode(raw + binascii.crc_hqx(raw, 0).to_bytes(2, "little")).decode().rstrip("=")
 
 
 class Info(msgspec.Struct):
@@ -442,7 +453,10 @@ class NatsLink:
         if credentials is not None:
             if credentials.seed is not None:
                 signature = Ed25519PrivateKey.from_private_bytes(credentials.seed).sign((info.nonce or "").encode())
-                options["jwt"] = credentials.jwt
+                if credentials.jwt is not None:
+                    options["jwt"] = credentials.jwt
+                else:
+                    options["nkey"] = public_nkey(credentials.seed)
                 options["sig"] = base64.urlsafe_b64encode(signature).decode().rstrip("=")
             elif credentials.token is not None:
                 options["auth_token"] = credentials.token

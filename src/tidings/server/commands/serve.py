@@ -30,6 +30,10 @@ def serve(
     port: Annotated[int | None, Parameter(help="Port to listen on.")] = None,
     data_dir: DataDirOption = None,
     store: StoreOption = None,
+    bus: Annotated[
+        str | None, Parameter(help="NATS servers between several nodes: nats://a:4222,nats://b:4222.")
+    ] = None,
+    node: Annotated[str | None, Parameter(help="This node's name among them: letters and digits.")] = None,
     development: Annotated[bool | None, Parameter(help="Conveniences for development; loopback only.")] = None,
 ) -> None:
     """Run the server until SIGTERM or Ctrl-C.
@@ -48,7 +52,7 @@ def serve(
 
         tidings serve --store postgres://tidings@db.internal/tidings
     """
-    run(settings(config, data_dir, host=host, port=port, store=store, development=development))
+    run(settings(config, data_dir, host=host, port=port, store=store, bus=bus, node=node, development=development))
 
 
 def run(config: Config) -> None:

@@ -449,7 +449,7 @@ class Connection(Peer):
     def access_changed(self) -> None:
         self._stale_actor = True
         # Not only at the next command: who may not be here any more is shown out now.
-        self.gateway.recheck(self)
+        self.gateway.doubts.about_credentials(self)
 
 
 def draft_of(command: SendMessage) -> Draft:

@@ -67,6 +67,7 @@ from tidings.wire.ids import time_of
 from tidings.wire.resources import Head
 
 from .connection import Connection, draft_of
+from .doubts import Doubts
 from .hub import Hub, Subscriber
 from .nodes import Nodes
 from .presence import PresenceBoard
@@ -147,7 +148,13 @@ class Gateway:
         self.tasks = Tasks("gateway")
         # None on the only node there is.
         self.nodes = Nodes(self) if bus.node else None
-        self.hub = Hub(asyncio.get_running_loop(), interest=self.nodes, on_flush=self._flushed, on_unsure=self.unsure)
+        self.doubts = Doubts(self)
+        self.hub = Hub(
+            asyncio.get_running_loop(),
+            interest=self.nodes,
+            on_flush=self._flushed,
+            on_unsure=self.doubts.about_memberships,
+        )
         self.presence = PresenceBoard(
             services.store, self.hub, bus, clock, self.tasks, grace_seconds=config.presence_grace_seconds
         )
@@ -159,11 +166,6 @@ class Gateway:
         self._catch_ups = asyncio.Semaphore(CATCH_UPS_MAX)
         # Devices that connected since they were last written.
         self._devices: dict[tuple[int, str, str], tuple[AppContext, DeviceInfo]] = {}
-        # Users whose memberships may have changed without a word.
-        self._to_reconcile: dict[Subscriber, None] = {}
-        self._reconciling: asyncio.Task[None] | None = None
-        self._to_recheck: dict[Connection, None] = {}
-        self._rechecking: asyncio.Task[None] | None = None
         self._seen_devices: dict[tuple[int, str, str], Connection] = {}
         self.session_limits = SessionLimits(
             auth_timeout_seconds=config.auth_timeout_seconds,
@@ -227,71 +229,11 @@ class Gateway:
 
     async def changed_elsewhere(self) -> None:
         """Another process has written to the store: trust nothing remembered, and read what streams have grown."""
-        self.access.forget_all()
-        self.services.apps.forget_all()
-        self.services.auth.forget_all()
-        self.hub.doubt()
-        for connection in list(self.connections):
-            connection.access_changed()
-        sids = list(self.hub.streams)
-        self.hub.recheck(await self.sync.heads_of(sids))
-
-    def unsure(self, subscriber: Subscriber) -> None:
-        """What we know of the user's memberships may be wrong: ask the store, in the background."""
-        # What is remembered of their access may be from before what we have not heard of.
-        self.access.forget_user(subscriber.app, subscriber.user)
-        # Nobody may be here now: who comes next reads their memberships anew.
-        subscriber.known = False
-        if subscriber.peers and not self.draining:
-            self._to_reconcile[subscriber] = None
-            if self._reconciling is None or self._reconciling.done():
-                self._reconciling = self.tasks.spawn(self._reconcile_all(), "reconcile memberships")
-
-    async def _reconcile_all(self) -> None:
-        while self._to_reconcile:
-            subscriber = next(iter(self._to_reconcile))
-            del self._to_reconcile[subscriber]
-            actor = next((peer.actor for peer in subscriber.peers if isinstance(peer, Connection) and peer.actor), None)
-            if actor is None:
-                continue
-            try:
-                await self._load(subscriber, actor, heard=True)
-            except StoreUnavailable:
-                self._to_reconcile[subscriber] = None
-                await asyncio.sleep(TICK_SECONDS)
+        await self.doubts.everything()
 
     def device(self, app: int, user: str, device: str) -> Connection | None:
         """The session of a device here."""
         return self._seen_devices.get((app, user, device))
-
-    def recheck(self, connection: Connection) -> None:
-        """See whether the connection's credentials still count, in the background, one after the other."""
-        if connection.session.state is State.OPEN:
-            self._to_recheck[connection] = None
-            if self._rechecking is None or self._rechecking.done():
-                self._rechecking = self.tasks.spawn(self._recheck_all(), "recheck credentials")
-
-    async def _recheck_all(self) -> None:
-        while self._to_recheck:
-            connection = next(iter(self._to_recheck))
-            del self._to_recheck[connection]
-            granted = connection.granted
-            if granted is None or connection.ended:
-                continue
-            try:
-                fresh = await self.services.auth.recheck(granted)
-            except Refusal as refusal:
-                if refusal.code == "unavailable":
-                    self._to_recheck[connection] = None
-                    await asyncio.sleep(TICK_SECONDS)
-                else:
-                    connection.close(refusal)
-                continue
-            if connection.granted is granted:
-                connection.granted, connection.actor = fresh, fresh.actor
-            if fresh.actor.app.blind_roles or connection.guarded:
-                connection.guarded = fresh.actor.app.blind_roles
-                self.hub.guard(connection, list(connection.streams))
 
     # ------------------------------------------------------------ connections
 
@@ -410,13 +352,13 @@ class Gateway:
         moved = None
         try:
             if not subscriber.known:
-                await self._load(subscriber, actor)
+                await self.load(subscriber, actor)
             if since is not None and not connection.ended:
                 moved = await self.sync.moved(actor, since, mark, len(subscriber.streams))
                 if subscriber.own is not None and moved.own_head > subscriber.own.head and not connection.ended:
                     # Whoever joins or leaves is told on their own stream: there is something that we have not heard.
                     subscriber.known = False
-                    await self._load(subscriber, actor)
+                    await self.load(subscriber, actor)
         except BaseException:
             self.hub.exit(connection)
             connection.user = ""
@@ -507,7 +449,7 @@ class Gateway:
                 connection.send(encode(Syncing(streams=[], refused=refused)))
         connection.fell_behind()
 
-    async def _load(self, subscriber: Subscriber, actor: Actor, *, heard: bool = False) -> None:
+    async def load(self, subscriber: Subscriber, actor: Actor, *, heard: bool = False) -> None:
         """Read what a user may listen to; peers of theirs that come meanwhile do the same, and the first one counts.
 
         `heard`: peers are there that have been listening, and are told what they have not heard of.
@@ -546,7 +488,7 @@ class Gateway:
                 # The store says that it is theirs to read, and we have not heard that they have joined it.
                 try:
                     subscriber.known = False
-                    await self._load(subscriber, actor, heard=True)
+                    await self.load(subscriber, actor, heard=True)
                 except Refusal as refusal:
                     refused[name] = StreamRefused(refusal.code, refusal.detail)
                     continue

@@ -162,7 +162,7 @@ class Nodes:
             # It counts at once, and then the store is asked.
             subscriber = self._gateway.hub.users.get((notice.app, notice.user or ""))
             if subscriber is not None and self._bus.node:
-                self._gateway.unsure(subscriber)
+                self._gateway.doubts.about_memberships(subscriber)
         elif isinstance(notice, Used) and notice.node != self._bus.node:
             limiter, now = self._gateway.limiter, self._gateway.clock.monotonic()
             for app, via, units in notice.taken:
