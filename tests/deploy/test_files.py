@@ -28,8 +28,6 @@ FILES = sorted(path for path in DEPLOY.rglob("*") if path.is_file())
 YAML = [path for path in FILES if path.suffix in {".yaml", ".yml"}]
 # What the files in front of the server call their own.
 OWN = {"TIDINGS_DOMAIN", "TIDINGS_NODES"}
-# What several nodes share, and what tells them apart.
-CLUSTER = {"TIDINGS_STORE", "TIDINGS_BUS", "TIDINGS_NODE"}
 KNOWN = {setting.env for setting in SETTINGS} | {f"TIDINGS_{name}" for name in FOREIGN_ENV}
 
 
@@ -44,7 +42,7 @@ def service(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(DEPLOY)))
 def test_every_setting_that_is_named_exists(path: Path) -> None:
-    known = KNOWN | OWN | CLUSTER
+    known = KNOWN | OWN
     named = set(re.findall(r"\bTIDINGS_[A-Z][A-Z_]*[A-Z]\b", path.read_text(encoding="utf-8")))
     assert named <= known, f"no such settings: {named - known}"
 
@@ -74,9 +72,11 @@ def test_the_settings_together_are_accepted(source: str, tmp_path: Path) -> None
     else:
         environ["TIDINGS_BEHIND_PROXY"] = "true"
     environ["TIDINGS_DATA_DIR"] = str(tmp_path)
-    config = load_config(environ={name: value for name, value in environ.items() if name in KNOWN})
+    config = load_config(environ=environ)
     assert config.port == 8080
     assert config.behind_proxy
+    assert config.embedded == (source == "image")
+    assert bool(config.bus_servers) == (source != "image")
 
 
 def service_settings() -> dict[str, str]:

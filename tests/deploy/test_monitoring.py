@@ -17,14 +17,6 @@ from tidings.server.telemetry import Metrics
 DECLARED = {metric.name: metric for metric in Metrics().declared}
 # Of every program, by prometheus_client; `up` is Prometheus' own.
 PROCESS = {"process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds", "process_max_fds"}
-# What a node tells of the bus that it shares with others.
-BUS = {
-    f"tidings_bus_{name}"
-    for name in (
-        *("connected", "interests", "published_total", "received_total", "dropped_total"),
-        *("reconnects_total", "healed_total", "round_trip_seconds"),
-    )
-}
 # What a scrape adds, and what a histogram has.
 LABELS = {"job", "node", "le"}
 
@@ -57,7 +49,7 @@ def test_an_expression_asks_for_what_there_is(where: str, expression: str) -> No
     names = set(re.findall(r"\b((?:tidings|process)_\w+)", expression))
     assert names or re.search(r"\bup\b", expression)
     known = [base(name) for name in names]
-    there = set(DECLARED) | PROCESS | BUS
+    there = set(DECLARED) | PROCESS
     assert set(known) <= there, f"no such metric: {set(known) - there}"
     for name in names:
         metric = DECLARED.get(base(name))

@@ -103,6 +103,8 @@ async def open_core(
     """
     clock = clock or SystemClock()
     metrics = metrics or Metrics()
+    # First: where its libraries are missing there is nothing to be closed yet.
+    tracing = _tracing(config)
     opened = await open_store(config, observe=_observer(metrics), on_bus=on_bus)
     store = opened.store
     try:
@@ -112,7 +114,6 @@ async def open_core(
         await store.close()
         raise
     ids = Ids(clock)
-    tracing = _tracing(config)
     try:
         bus = await open_bus(config, ids, metrics) if on_bus else LocalBus()
     except BaseException:
