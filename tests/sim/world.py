@@ -222,7 +222,7 @@ class World:
             client.wanted = False
         for node in list(self.nodes.values()):
             self.kill(node)
-        await asyncio.sleep(1)
+        await asyncio.sleep(1)  # why: virtual time, what was cancelled gets its turn
         self.database.connection.close()
 
     # ------------------------------------------------------------ what is told here
@@ -401,7 +401,7 @@ class World:
     async def _converge(self) -> None:
         deadline = self.loop.now + CONVERGED_SECONDS
         while self.loop.now < deadline:
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(0.5)  # why: virtual time; the next look
             if not self._operator and not self._behind():
                 return
         for what in self._behind():
