@@ -269,6 +269,18 @@ class World:
                 f"removal at {head} was acknowledged"
             )
 
+    def removals(self, user: str, channel: str) -> list[int]:
+        """Where the user was removed from the channel, by the log."""
+        return [
+            seq
+            for (seq,) in self.database.rows(
+                "SELECT e.seq FROM events e JOIN streams s ON s.sid=e.sid"
+                " WHERE s.ref=? AND e.type='member.removed' AND e.ref=? ORDER BY e.seq",
+                channel,
+                user,
+            )
+        ]
+
     # ------------------------------------------------------------ the run
 
     async def play(self) -> None:
@@ -427,7 +439,9 @@ class World:
                 if (client.user, channel) in members:
                     if position is None or position[0] != heads[channel]:
                         found.append(f"{client.device} is at {position} of {channel}, which ends at {heads[channel]}")
-                elif position is not None:
+                elif position is not None and position[1] is not None:
+                    # Without an epoch it is an event that came within the time in which a removal reaches all nodes,
+                    # after the news of it: the beginning of nothing.
                     found.append(f"{client.device} still has {channel} at {position}, and is no member")
         return found
 
