@@ -10,12 +10,14 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from random import Random
+from typing import Any
 
 from tidings.server.bus.base import (
     AccessChanged,
     Arrived,
     Joined,
     Left,
+    Listeners,
     Lost,
     Notice,
     Published,
@@ -58,7 +60,7 @@ class SimBus:
         self.dead = False
         self._network = network
         self._loop = asyncio.get_running_loop()
-        self._listeners: list[Callable[[Notice], None]] = []
+        self._listeners = Listeners()
         self._wanted: Counter[tuple[object, ...]] = Counter()
         # What the others know of what is wanted here: it takes time until they do.
         self._known: set[tuple[object, ...]] = set()
@@ -71,7 +73,7 @@ class SimBus:
     # ------------------------------------------------------------ notices
 
     def publish(self, notice: Notice) -> None:
-        for listener in self._listeners:
+        for listener in self._listeners.of[type(notice)]:
             listener(notice)
         if not self.connected or self.dead:
             return
@@ -107,11 +109,11 @@ class SimBus:
 
     def _hear(self, notice: Notice) -> None:
         if self.connected and not self.dead:
-            for listener in self._listeners:
+            for listener in self._listeners.of[type(notice)]:
                 listener(notice)
 
-    def listen(self, listener: Callable[[Notice], None]) -> None:
-        self._listeners.append(listener)
+    def listen(self, listener: Callable[[Any], None], *kinds: type[Notice]) -> None:
+        self._listeners.add(listener, kinds)
 
     # ------------------------------------------------------------ interest
 
@@ -195,7 +197,7 @@ class SimBus:
             return
         self.connected = True
         self._known = set(self._wanted)
-        for listener in self._listeners:
+        for listener in self._listeners.of[Lost]:
             listener(Lost())
 
     def die(self) -> None:

@@ -147,7 +147,7 @@ def compose(
     policy = OutboundPolicy(hosts=tuple(config.jwks_allow_hosts))
     access = AccessService(store, apps, keyring, changes)
     sync = Sync(store, access, keyring, bus, clock)
-    bus.listen(_forgetter(apps, access, sync))
+    bus.listen(_forgetter(apps, access, sync), AccessChanged, Left, Lost, Revoked)
     users = Users(store, apps, changes, clock, ids)
     jwks = JwksCache(lambda: _outbound_client(policy), monotonic=clock.monotonic)
     auth = Auth(store, apps, changes, users, TokenVerifier(clock, jwks), bus, clock, ids)

@@ -206,8 +206,8 @@ class TracedBus:
             _traceparent.inject(carrier)
             self._bus.publish(msgspec.structs.replace(notice, trace=carrier.get("traceparent", "")))
 
-    def listen(self, listener: Callable[[Notice], None]) -> None:
-        self._bus.listen(listener)
+    def listen(self, listener: Callable[[Any], None], *kinds: type[Notice]) -> None:
+        self._bus.listen(listener, *kinds)
 
 
 class HeardBus:
@@ -223,9 +223,9 @@ class HeardBus:
     def publish(self, notice: Notice) -> None:
         self._bus.publish(notice)
 
-    def listen(self, listener: Callable[[Notice], None]) -> None:
+    def listen(self, listener: Callable[[Any], None], *kinds: type[Notice]) -> None:
         if getattr(listener, "__func__", None) is not Hub.notice:
-            self._bus.listen(listener)
+            self._bus.listen(listener, *kinds)
             return
 
         def heard(notice: Notice) -> None:
@@ -248,7 +248,7 @@ class HeardBus:
             finally:
                 span.end()
 
-        self._bus.listen(heard)
+        self._bus.listen(heard, *kinds)
 
 
 class TracedMessages:

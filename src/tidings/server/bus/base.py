@@ -13,7 +13,7 @@ asked for several times and must be given up as often. Notices that decide what 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, get_args
 
 import msgspec
 
@@ -117,6 +117,20 @@ class Lost(msgspec.Struct, frozen=True, array_like=True, tag=10):
 Notice: TypeAlias = Published | Joined | Left | AccessChanged | Revoked | Signal | Arrived | Shown | Used | Lost
 
 
+class Listeners:
+    """Who hears what on this node: a list for each kind of notice, so that a message costs only those who want it."""
+
+    __slots__ = ("of",)
+
+    def __init__(self) -> None:
+        self.of: dict[type[Notice], list[Callable[[Any], None]]] = {kind: [] for kind in get_args(Notice)}
+
+    def add(self, listener: Callable[[Any], None], kinds: Iterable[type[Notice]]) -> None:
+        """Call `listener` with notices of these kinds from now on, of every kind if none is named."""
+        for kind in kinds or self.of:
+            self.of[kind].append(listener)
+
+
 class Unreachable(Exception):
     """A node did not answer: it is gone, cut off, or too busy."""
 
@@ -141,8 +155,8 @@ class Bus(Protocol):
         """
         ...
 
-    def listen(self, listener: Callable[[Notice], None]) -> None:
-        """Call `listener` with every notice from now on, on the event loop."""
+    def listen(self, listener: Callable[[Any], None], *kinds: type[Notice]) -> None:
+        """Call `listener` with every notice of these kinds, or of all if none is named, on the event loop."""
         ...
 
     def follow(self, sid: int) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
 
-from .base import Notice, Unreachable
+from .base import Listeners, Notice, Unreachable
 
 
 class LocalBus:
@@ -15,14 +16,15 @@ class LocalBus:
     connected = True
 
     def __init__(self) -> None:
-        self._listeners: list[Callable[[Notice], None]] = []
+        self._listeners = Listeners()
+        self._of = self._listeners.of
 
     def publish(self, notice: Notice) -> None:
-        for listener in self._listeners:
+        for listener in self._of[type(notice)]:
             listener(notice)
 
-    def listen(self, listener: Callable[[Notice], None]) -> None:
-        self._listeners.append(listener)
+    def listen(self, listener: Callable[[Any], None], *kinds: type[Notice]) -> None:
+        self._listeners.add(listener, kinds)
 
     def follow(self, sid: int) -> None:
         pass

@@ -31,7 +31,7 @@ import asyncio
 import itertools
 import ssl
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 from urllib.parse import quote
 
 import msgspec
@@ -41,6 +41,7 @@ from tidings.server.telemetry import Metrics, get_logger
 
 from .base import (
     Arrived,
+    Listeners,
     Lost,
     Notice,
     Published,
@@ -151,7 +152,7 @@ class NatsBus:
         self._prefix = cluster.encode()
         self._metrics = metrics or Metrics()
         self._loop = asyncio.get_running_loop()
-        self._listeners: list[Callable[[Notice], None]] = []
+        self._listeners = Listeners()
         self._link = NatsLink(
             servers,
             name=f"tidings {node}",
@@ -242,7 +243,7 @@ class NatsBus:
     # ------------------------------------------------------------ publishing
 
     def publish(self, notice: Notice) -> None:
-        for listener in self._listeners:
+        for listener in self._listeners.of[type(notice)]:
             listener(notice)
         data = _encode(notice)
         if len(data) > self._link.max_payload:
@@ -273,8 +274,8 @@ class NatsBus:
         self._lossy = True
         self._metrics.bus_dropped.inc()
 
-    def listen(self, listener: Callable[[Notice], None]) -> None:
-        self._listeners.append(listener)
+    def listen(self, listener: Callable[[Any], None], *kinds: type[Notice]) -> None:
+        self._listeners.add(listener, kinds)
 
     def _heard(self, subject: bytes, reply: bytes, data: bytes, nobody: bool) -> None:
         try:
@@ -287,7 +288,7 @@ class NatsBus:
         self._deliver(notice)
 
     def _deliver(self, notice: Notice) -> None:
-        for listener in self._listeners:
+        for listener in self._listeners.of[type(notice)]:
             try:
                 listener(notice)
             except Exception as error:  # One listener's bug must not silence the others.

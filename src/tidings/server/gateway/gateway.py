@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, assert_never
 
 import msgspec
 
-from tidings.server.bus.base import Bus, Signal
+from tidings.server.bus.base import AccessChanged, Bus, Joined, Left, Published, Revoked, Signal
 from tidings.server.clock import Clock, Ids
 from tidings.server.config import Config
 from tidings.server.domain.limits import Limiter
@@ -175,7 +175,7 @@ class Gateway:
             in_flight_max=config.session_queue_max,
             frame_bytes_max=config.frame_bytes_max,
         )
-        bus.listen(self.hub.notice)
+        bus.listen(self.hub.notice, Published, Signal, Joined, Left, Revoked, AccessChanged)
 
     # ------------------------------------------------------------ life
 

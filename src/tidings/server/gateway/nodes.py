@@ -61,7 +61,7 @@ class Nodes:
         self._per_turn = 0
         self._lost = False
         self._cut_off = False
-        self._bus.listen(self._heard)
+        self._bus.listen(self._heard, Lost, Arrived, Joined, Left, Used)
 
     def start(self) -> None:
         """Begin to compare and to share."""

@@ -53,7 +53,7 @@ class PresenceBoard:
         self._leaving: dict[Key, asyncio.TimerHandle] = {}
         # When users were last seen, to be written by `take_seen`.
         self._seen: dict[Key, int] = {}
-        bus.listen(self._heard)
+        bus.listen(self._heard, Shown)
         bus.answer_online(lambda app, user: (app, user) in self._online)
 
     def appeared(self, connection: Connection) -> None:

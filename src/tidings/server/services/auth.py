@@ -132,7 +132,7 @@ class Auth:
         self._writes: set[asyncio.Task[None]] = set()
         # Grows with everything forgotten: what was read before that must not be remembered after it.
         self._forgotten = 0
-        bus.listen(self._heard)
+        bus.listen(self._heard, Lost, Revoked, AccessChanged)
 
     # ------------------------------------------------------------ the door
 

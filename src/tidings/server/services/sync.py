@@ -141,7 +141,7 @@ class Sync:
         self.polls = 0
         self._polls_of: dict[tuple[int, str], int] = {}
         self._registered = 0
-        bus.listen(self._notice)
+        bus.listen(self._notice, Published)
 
     # ------------------------------------------------------------ heads
 
