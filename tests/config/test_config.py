@@ -218,3 +218,27 @@ def test_a_file_that_cannot_be_used_is_named(text: str) -> None:
     Path("tidings.toml").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ConfigError, match=r"tidings\.toml"):
         load_config(environ={})
+
+
+def test_several_workers_need_a_store_and_a_bus_that_processes_can_share() -> None:
+    shared = {"store": "postgres://t@db/t", "bus": "nats://n:4222"}
+    for missing in ({}, {"bus": shared["bus"]}, {"store": shared["store"]}):
+        said = complaint(workers=2, **missing)
+        assert "store = postgres://…" in said
+        assert "bus = nats://…" in said
+    assert load(workers=2, **shared).workers == 2
+    assert load(workers=1).workers == 1
+
+
+def test_each_worker_is_a_node_with_a_name_and_a_port_of_its_own() -> None:
+    config = load(workers=3, store="postgres://t@db/t", bus="nats://n:4222", node="web", worker_port=9000)
+    each = [config.of_worker(number, 8080) for number in (1, 2, 3)]
+    assert [(one.node, one.worker_port, one.port) for one in each] == [
+        ("webw1", 9000, 8080),
+        ("webw2", 9001, 8080),
+        ("webw3", 9002, 8080),
+    ]
+    assert load(workers=3, store="postgres://t@db/t", bus="nats://n:4222").of_worker(2, 1).node == ""
+    assert "worker_port" in complaint(worker_port=8080)
+    assert "worker_port" in complaint(workers=3, store="postgres://t@db/t", bus="nats://n:4222", worker_port=65534)
+    assert "node" in complaint(workers=3, store="postgres://t@db/t", bus="nats://n:4222", node="n" * 30)

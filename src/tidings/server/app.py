@@ -395,7 +395,10 @@ class Server:
         # What is loaded by now stays for good: the collector need not look at it again.
         gc.collect()
         gc.freeze()
-        listener = listen(config.host, config.port)
+        listener = listen(config.host, config.port, shared=config.workers > 1)
+        listeners = [listener]
+        if config.worker_port:
+            listeners.append(listen(config.host, config.worker_port))
         loop = asyncio.get_running_loop()
         stop = asyncio.Event()
         with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):
@@ -411,7 +414,7 @@ class Server:
         self._tasks.spawn(watch_event_loop(self.core.metrics, self.core.services.clock), "event loop")
         if (seconds := watchdog_seconds()) is not None:
             self._tasks.spawn(watchdog(seconds), "watchdog")
-        serving = self._tasks.spawn(self._uvicorn.serve(sockets=[listener]), "http")
+        serving = self._tasks.spawn(self._uvicorn.serve(sockets=listeners), "http")
 
         def started() -> None:
             notify("READY=1")
@@ -467,17 +470,47 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises OSError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A listening socket. `shared`: others of this user may listen there too, and the kernel spreads connections over
+    them. Raises OSError."""
+    listener = _bind(host, port, shared=shared)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
         listener.listen(BACKLOG)
         listener.setblocking(False)
     except OSError:
         listener.close()
         raise
-    os.set_inheritable(listener.fileno(), False)
     return listener
+
+
+def load_all() -> None:
+    """Load what a node among others will need, before there are processes that would each do it: they share it."""
+    import asyncpg  # noqa: F401
+    import uvloop  # noqa: F401
+
+    import tidings.server.bus.nats
+    import tidings.server.rest.asyncapi
+    import tidings.server.rest.http_protocol
+    import tidings.server.store.postgres  # noqa: F401
+
+
+def reserve(host: str, port: int) -> socket.socket:
+    """A socket that keeps a port for those who will share it, without listening. Raises OSError where anybody listens
+    there already: the kernel would let strangers of the same user share."""
+    _bind(host, port).close()
+    return _bind(host, port, shared=True)
+
+
+def _bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        bound.bind((host, port))
+    except OSError:
+        bound.close()
+        raise
+    os.set_inheritable(bound.fileno(), False)
+    return bound

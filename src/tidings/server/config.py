@@ -32,6 +32,12 @@ LOCAL = "local"
 # The store that is a file in data_dir; any other is a URL.
 SQLITE = "sqlite"
 
+PORT_MAX = 65_535
+# A node's name stands in the subjects of the bus and in ids: short enough for both.
+NODE_NAME_MAX = 32
+# Of it, what tells workers apart: w and two digits.
+WORKER_DIGITS = 3
+
 # Names with our prefix that belong to others: the path of the file itself, and what clients and tools of ours read.
 FOREIGN_ENV = frozenset({"CONFIG", "URL", "API_KEY", "APP", "USER", "TOKEN"})
 # Kubernetes puts these into every container when a service is called "tidings" (TIDINGS_PORT=tcp://10.0.0.1:8080).
@@ -150,6 +156,23 @@ class Config:
         False,
         "A proxy in front terminates TLS, so listening beyond loopback without a certificate is intended.",
         why="Said by name, because the hop between proxy and server is then in the clear.",
+    )
+    workers: int = _setting(
+        1,
+        "Processes that share the port. More than one needs a store and a bus that processes can share: PostgreSQL and "
+        "NATS.",
+        unit="processes",
+        low=1,
+        high=64,
+        why="A process uses one core. As many as the machine has cores, less those of what else runs there. Each is a "
+        "node of its own: bounds such as connections_max and store_connections are each worker's.",
+    )
+    worker_port: int = _setting(
+        0,
+        "Port on which the first worker answers by itself, the next one on the next port, and so on. 0: none does.",
+        low=0,
+        high=65535,
+        why="On the shared port nobody can choose who answers; /metrics and /readyz are asked of one worker at a time.",
     )
     trusted_proxies: tuple[str, ...] = _setting(
         (),
@@ -424,6 +447,15 @@ class Config:
             return ()
         return tuple(url.strip() for url in self.bus.split(",") if url.strip())
 
+    def of_worker(self, number: int, port: int) -> "Config":
+        """What worker `number`, counted from 1, goes by, on the port that they share: a node of its own."""
+        return dataclasses.replace(
+            self,
+            port=port,
+            node=f"{self.node}w{number}" if self.node else "",
+            worker_port=self.worker_port + number - 1 if self.worker_port else 0,
+        )
+
     @property
     def embedded(self) -> bool:
         """Whether the store is the file in data_dir."""
@@ -652,8 +684,8 @@ def _contradictions(config: Config) -> list[tuple[str, str]]:
             refuse(name, f"{path} is not a file that this user can read")
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", config.cluster):
         refuse("cluster", f"{config.cluster!r} is not up to 64 letters, digits, - and _")
-    if config.node and not re.fullmatch(r"[A-Za-z0-9]{1,32}", config.node):
-        refuse("node", f"{config.node!r} is not up to 32 letters and digits")
+    if config.node and not re.fullmatch(rf"[A-Za-z0-9]{{1,{NODE_NAME_MAX}}}", config.node):
+        refuse("node", f"{config.node!r} is not up to {NODE_NAME_MAX} letters and digits")
     if not config.embedded and not _is_store_url(config.store):
         # The value is not repeated: it may carry a password.
         refuse("store", "must be sqlite, or a URL like postgres://user@host:5432/database")
@@ -672,6 +704,20 @@ def _contradictions(config: Config) -> list[tuple[str, str]]:
             )
         if config.development:
             refuse("development", f"is only for loopback, and host is {config.host}")
+    if config.workers > 1 and (config.embedded or config.bus == LOCAL):
+        refuse(
+            "workers",
+            f"{config.workers} workers need a store and a bus that processes can share: set store = postgres://… and "
+            "bus = nats://…; over SQLite there is one",
+        )
+    if config.worker_port:
+        last = config.worker_port + config.workers - 1
+        if last > PORT_MAX:
+            refuse("worker_port", f"leaves no port up to {PORT_MAX} for the last of {config.workers} workers")
+        elif config.worker_port <= config.port <= last:
+            refuse("worker_port", f"{config.worker_port} to {last} would be the workers', and port is {config.port}")
+    if config.workers > 1 and len(config.node) > NODE_NAME_MAX - WORKER_DIGITS:
+        refuse("node", f"with several workers at most {NODE_NAME_MAX - WORKER_DIGITS} characters: w1, w2 … are added")
     if config.trusted_proxies and not config.behind_proxy:
         refuse("trusted_proxies", "has no effect without behind_proxy = true")
     for proxy in config.trusted_proxies:

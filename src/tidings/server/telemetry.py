@@ -213,16 +213,23 @@ def setup_logging(
     format: Literal["auto", "json", "console"] = "auto",
     development: bool = False,
     stream: TextIO | None = None,
+    fields: Mapping[str, object] | None = None,
 ) -> None:
     """Set up logging for the process: to `stream` (standard error), at `level` and above. May be called again.
 
-    `development` keeps the messages of exceptions. Libraries are heard from `warning` on.
+    `development` keeps the messages of exceptions. `fields` are in every line. Libraries are heard from `warning` on.
     """
+    everywhere = dict(fields or {})
+
+    def add_fields(logger: object, name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        return {**everywhere, **event}
+
     output = sys.stderr if stream is None else stream
     console = format == "console" or (format == "auto" and output.isatty())
     threshold = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(
         processors=[
+            *([add_fields] if everywhere else []),
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True, key="at"),
             _Explain(messages=development),

@@ -34,6 +34,7 @@ def serve(
         str | None, Parameter(help="NATS servers between several nodes: nats://a:4222,nats://b:4222.")
     ] = None,
     node: Annotated[str | None, Parameter(help="This node's name among them: letters and digits.")] = None,
+    workers: Annotated[int | None, Parameter(help="Processes that share the port; PostgreSQL and NATS only.")] = None,
     development: Annotated[bool | None, Parameter(help="Conveniences for development; loopback only.")] = None,
 ) -> None:
     """Run the server until SIGTERM or Ctrl-C.
@@ -51,8 +52,22 @@ def serve(
         tidings serve --config /etc/tidings.toml
 
         tidings serve --store postgres://tidings@db.internal/tidings
+
+        tidings serve --workers 4 --store postgres://tidings@db.internal/tidings --bus nats://nats-1:4222,nats://nats-2:4222
     """
-    run(settings(config, data_dir, host=host, port=port, store=store, bus=bus, node=node, development=development))
+    run(
+        settings(
+            config,
+            data_dir,
+            host=host,
+            port=port,
+            store=store,
+            bus=bus,
+            node=node,
+            workers=workers,
+            development=development,
+        )
+    )
 
 
 def run(config: Config) -> None:
@@ -60,15 +75,52 @@ def run(config: Config) -> None:
     gc.set_threshold(*GC_THRESHOLDS)
     check_restored(config.data_dir)
     with hold(config.data_dir, f"a server at {config.url}"):
-        import uvloop
-
         from tidings.server.telemetry import setup_logging
 
         setup_logging(level=config.log_level, format=config.log_format, development=config.development)
-        uvloop.run(_serve(config))
+        if config.workers > 1:
+            _run_workers(config)
+        else:
+            _run_one(config)
 
 
-async def _serve(config: Config) -> None:
+def _run_one(config: Config, *, panel: bool = True) -> None:
+    import uvloop
+
+    uvloop.run(_serve(config, panel=panel))
+
+
+def _run_workers(config: Config) -> None:
+    """Raises what keeps the port from being taken; SystemExit with the status when a worker could not start."""
+    # Loaded once, before there are workers: they share the memory of it, and one that is started again has it already.
+    from tidings.server.app import load_all, reserve
+    from tidings.server.telemetry import setup_logging
+
+    from .terminal import guarded
+    from .workers import Supervisor
+
+    with reserve(config.host, config.port) as kept:
+        port = kept.getsockname()[1]
+
+        def work(number: int, first: bool) -> int:
+            panel = number == 1 and first
+            setup_logging(
+                level=config.log_level,
+                format=config.log_format,
+                development=config.development,
+                fields={"worker": number},
+            )
+            return guarded(lambda: _run_one(config.of_worker(number, port), panel=panel))
+
+        load_all()
+        gc.collect()
+        gc.freeze()
+        status = Supervisor(config.workers, work, config.drain_seconds).run()
+    if status:
+        raise SystemExit(status)
+
+
+async def _serve(config: Config, *, panel: bool) -> None:
     from tidings.server.app import Server, open_core
 
     async with open_core(config) as core:
@@ -76,7 +128,7 @@ async def _serve(config: Config) -> None:
         server = Server(config, core)
 
         def ready() -> None:
-            if sys.stderr.isatty() or new is not None:
+            if (panel and sys.stderr.isatty()) or new is not None:
                 from .panels import welcome
 
                 welcome(config, new)
