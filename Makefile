@@ -6,7 +6,7 @@ SHELL := /bin/sh
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: help run test check format bench mutants soak docs clean setup setup-run
+.PHONY: help run cluster test check format bench mutants soak docs clean setup setup-run setup-cluster
 
 help:  ## Show this list
 	@echo 'Tidings: make <target> [ARGS="..."]'
@@ -14,6 +14,9 @@ help:  ## Show this list
 
 run: setup-run  ## Set up what the server needs and start it on ./data
 	@exec .venv/bin/tidings serve $(ARGS)
+
+cluster: setup-cluster  ## Start PostgreSQL, NATS and three nodes here, to try what survives
+	@exec .venv/bin/tidings cluster $(ARGS)
 
 test: setup  ## Set up everything and run the tests, style and type checks included
 	@exec $(PY) -m pytest $(ARGS)
@@ -51,3 +54,6 @@ setup:
 
 setup-run:
 	@sh .ci/setup run
+
+setup-cluster:
+	@sh .ci/setup cluster

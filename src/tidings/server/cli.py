@@ -32,6 +32,9 @@ _OPERATE = cyclopts.Group("Operate", sort_key=3)
 
 app.command(f"{_COMMANDS}.serve:serve", name="serve", group=_RUN, help="Run the server until SIGTERM or Ctrl-C.")
 app.command(f"{_COMMANDS}.demo:demo", name="demo", group=_RUN, help="Watch two people talk through a real server.")
+app.command(
+    f"{_COMMANDS}.cluster:cluster", name="cluster", group=_RUN, help="Run a real cluster here: PostgreSQL, NATS, nodes."
+)
 app.command(f"{_COMMANDS}.admin:app", name="app", group=_APPS, help="Apps: the tenants of this server.")
 app.command(f"{_COMMANDS}.admin:key", name="key", group=_APPS, help="API keys, with which a backend calls.")
 app.command(f"{_COMMANDS}.admin:user", name="user", group=_APPS, help="Users of an app.")
@@ -54,11 +57,20 @@ def main() -> None:
 
 
 def _run() -> None:
+    _let_it_explain(sys.argv[1:2])
     try:
         app(exit_on_error=False)
     except cyclopts.CycloptsError:
         # It has said what is wrong with the command line.
         raise SystemExit(2) from None
+
+
+def _let_it_explain(words: list[str]) -> None:
+    """The line above stands in the list of commands; a command's own `--help` is what its function says, examples and
+    all (under `For example:`, for sections called `Examples:` are not shown). Loads what is about to run, no more."""
+    for word in words:
+        if word in app and (command := app[word]).default_command is not None:
+            command.help = None
 
 
 if __name__ == "__main__":

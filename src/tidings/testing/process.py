@@ -312,6 +312,20 @@ class ServerProcess:
             os.kill(process.pid, number)
 
 
+def child_pids(parent: int) -> list[int]:
+    """The processes that one has started and that have not ended, the oldest first."""
+    found = []
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        # Its state, its parent, and (the twentieth from there) when it began.
+        if int(fields[1]) == parent and fields[0] != "Z":
+            found.append((int(fields[19]), pid))
+    return [pid for _, pid in sorted(found)]
+
+
 def _poll(process: subprocess.Popen[bytes]) -> int | None:
     """The exit code, None while it runs. All reaping goes through here: workers that outlived their leader go with it,
     and once the leader is reaped, the group's number may be somebody else's."""

@@ -70,7 +70,7 @@ def create_app(name: str, /, *, id: str | None = None, where: Where = _HERE) -> 
 
     Both are shown once and stored hashed or encrypted: keep them where your backend keeps its secrets.
 
-    Examples:
+    For example:
 
         tidings app create Clinic
 
@@ -102,7 +102,7 @@ def create_app(name: str, /, *, id: str | None = None, where: Where = _HERE) -> 
 def list_apps(*, where: Where = _HERE) -> None:
     """List the apps of this server.
 
-    Example:
+    For example:
 
         tidings app list --json
     """
@@ -131,7 +131,7 @@ def create_key(
 ) -> None:
     """Make an API key. It is shown once; only a hash of it is stored.
 
-    Examples:
+    For example:
 
         tidings key create billing --scope message.send --scope message.system
 
@@ -162,7 +162,7 @@ def create_key(
 def list_keys(*, app: AppOption = None, where: Where = _HERE) -> None:
     """List the app's API keys, without their secrets.
 
-    Example:
+    For example:
 
         tidings key list
     """
@@ -178,7 +178,7 @@ def list_keys(*, app: AppOption = None, where: Where = _HERE) -> None:
 def revoke_key(id: str, /, *, app: AppOption = None, where: Where = _HERE) -> None:
     """End an API key. A running server refuses it within a second.
 
-    Example:
+    For example:
 
         tidings key revoke 4hqk7mzcvb2s5xw3n6yjd7tgae
 
@@ -211,7 +211,7 @@ def mint_token(
 
     The token alone goes to standard output, so that it can be put into a variable.
 
-    Examples:
+    For example:
 
         TOKEN=$(tidings token mint --user alice)
 
@@ -245,7 +245,7 @@ def mint_token(
 def revoke_tokens(*, user: str, jti: str | None = None, app: AppOption = None, where: Where = _HERE) -> None:
     """End every token that a user has been given so far, or one of them.
 
-    Example:
+    For example:
 
         tidings token revoke --user alice
 
@@ -273,7 +273,7 @@ def create_user(
 ) -> None:
     """Make a user.
 
-    Examples:
+    For example:
 
         tidings user create alice --name "Alice Roe"
 
@@ -302,7 +302,7 @@ def list_users(
 ) -> None:
     """List users, the oldest first.
 
-    Example:
+    For example:
 
         tidings user list --role admin
 
@@ -333,7 +333,7 @@ def list_users(
 def deactivate_user(id: str, /, *, app: AppOption = None, where: Where = _HERE) -> None:
     """Lock a user out: their connections end and their tokens are refused. Everything of theirs stays.
 
-    Example:
+    For example:
 
         tidings user deactivate mallory
     """
@@ -344,7 +344,7 @@ def deactivate_user(id: str, /, *, app: AppOption = None, where: Where = _HERE) 
 def reactivate_user(id: str, /, *, app: AppOption = None, where: Where = _HERE) -> None:
     """Let a deactivated user in again.
 
-    Example:
+    For example:
 
         tidings user reactivate mallory
     """
@@ -366,7 +366,7 @@ def migrate(*, plan: Annotated[bool, Parameter(negative="")] = False, where: Whe
     Take a backup first: there is no way back to an older version but that. Over PostgreSQL, nodes of the version before
     go on serving meanwhile.
 
-    Examples:
+    For example:
 
         tidings migrate --plan
 

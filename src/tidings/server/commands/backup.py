@@ -88,7 +88,7 @@ def backup(
     backups travel and lie around, and without the key file nobody can read them. Keep a copy of the key file somewhere
     else, once and after each `tidings keys rotate-root`: a backup without its key file is lost.
 
-    Examples:
+    For example:
 
         tidings backup /backup/tidings-$(date +%F) --verify
 
@@ -280,7 +280,7 @@ def restore(
     The key file that belongs to the backup must be in place first, unless the backup includes it. Connected apps and
     devices notice that history may have been rolled back and load it anew; nobody has to do anything on them.
 
-    Examples:
+    For example:
 
         tidings restore /backup/tidings-2026-01-31
 

@@ -52,7 +52,7 @@ def demo(*, fast: Annotated[bool, Parameter(negative="")] = False) -> None:
 
     Needs nothing and leaves nothing behind: server and data live in a temporary directory for about 15 seconds.
 
-    Examples:
+    For example:
 
         tidings demo
 

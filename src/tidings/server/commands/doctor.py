@@ -29,7 +29,7 @@ def doctor(
     Changes nothing. Run it as the user that runs the server. Exit status 1 when something would keep the server from
     working; warnings alone leave it 0.
 
-    Examples:
+    For example:
 
         tidings doctor
 

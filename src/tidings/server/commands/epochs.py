@@ -30,7 +30,7 @@ def renew_epochs(*, config: ConfigOption = None, data_dir: DataDirOption = None,
     Every stream gets a new epoch; at its next connection each client is told `epoch_changed`, drops what it has of a
     conversation and loads it again. `tidings restore` does it by itself. Running it twice does no harm.
 
-    Example:
+    For example:
 
         tidings renew-epochs --store postgres://tidings@db.internal/tidings
     """

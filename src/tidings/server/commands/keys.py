@@ -42,7 +42,7 @@ def list_keys(
 ) -> None:
     """List root keys and apps' keys, never their content.
 
-    Example:
+    For example:
 
         tidings keys list
     """
@@ -68,7 +68,7 @@ def create(path: Path, /) -> None:
     A server on one machine makes its own at the first start. Nodes that share a database must all have the same one
     before the first of them starts.
 
-    Example:
+    For example:
 
         tidings keys create ./root.key
 
@@ -100,7 +100,7 @@ def rotate_root(
     before need the key file as it was: keep that copy with them, or use --keep-old. Make a copy of the new key file
     right away.
 
-    Examples:
+    For example:
 
         tidings keys rotate-root
 
@@ -149,7 +149,7 @@ def rotate_app(
     anew. When nothing else uses the data, the old key is removed at once. While a server runs it stays for an hour, in
     case that the server was just about to use it: `tidings keys retire` removes it then.
 
-    Examples:
+    For example:
 
         tidings keys rotate-app app_clinic
 
@@ -197,7 +197,7 @@ def retire(
 ) -> None:
     """Remove apps' old keys that nothing needs any more. Safe at any time: what is still needed stays.
 
-    Example:
+    For example:
 
         tidings keys retire --all
 

@@ -43,7 +43,7 @@ def serve(
     signing secret are shown once. Every setting can also be given in a file or as `TIDINGS_…` in the environment; see
     docs/reference/configuration.md.
 
-    Examples:
+    For example:
 
         tidings serve
 
