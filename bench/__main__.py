@@ -45,6 +45,9 @@ SCENARIOS = (
     Scenario("quiet", "one missed message among 10 and 10,000 channels", "catchup", "run_quiet"),
     Scenario("history", "latest page and unread count at 10^3 and 10^6 messages", "history"),
     Scenario("bus", "two nodes on a bus, and a server that has one", "bus"),
+    Scenario("workers", "durable sends over PostgreSQL and NATS, one worker and two", "cluster", "run_workers"),
+    Scenario("cluster-fanout", "200 members on one node, and spread over two", "cluster", "run_fanout"),
+    Scenario("cluster-quiet", "one missed message among 10,000 channels, two nodes", "cluster", "run_quiet"),
     Scenario("start", "from the command to an answer", "start"),
 )
 

@@ -107,10 +107,11 @@ async def _each(items: Iterable[T], act: Callable[[T], Awaitable[object]]) -> No
     await asyncio.gather(*(one(item) for item in items))
 
 
-async def _fill(folder: Path, make: Callable[[Fill], Awaitable[None]]) -> Credentials:
+async def fill_store(folder: Path, make: Callable[[Fill], Awaitable[None]], *, store: str | None = None) -> Credentials:
+    """Make an app and what is in it, in a data folder or in the database that `store` names."""
     setup_logging(level="error", format="json", development=False)
     config = load_config(
-        overrides={"data_dir": folder, "store_synchronous": "off", "allow_unsafe_store": True},
+        overrides={"data_dir": folder, "store": store, "store_synchronous": "off", "allow_unsafe_store": True},
         environ={},
     )
     async with open_core(config) as core:
@@ -124,7 +125,7 @@ async def _fill(folder: Path, make: Callable[[Fill], Awaitable[None]]) -> Creden
 async def filled_server(make: Callable[[Fill], Awaitable[None]]) -> AsyncIterator[BenchServer]:
     """A running server on a folder filled for it alone."""
     with scratch() as folder:
-        credentials = await _fill(folder / "server", make)
+        credentials = await fill_store(folder / "server", make)
         async with BenchServer(folder / "server", credentials) as server:
             yield server
 
@@ -137,7 +138,7 @@ async def kept_server(name: str, make: Callable[[Fill], Awaitable[None]]) -> Asy
         for old in WORK.glob(f"{name}-*"):
             shutil.rmtree(old)
         kept.mkdir(parents=True)
-        credentials = await _fill(kept / "server", make)
+        credentials = await fill_store(kept / "server", make)
         (kept / CREDENTIALS).write_bytes(msgspec.json.encode(credentials))
     credentials = msgspec.json.decode((kept / CREDENTIALS).read_bytes(), type=Credentials)
     async with BenchServer(kept / "server", credentials) as server:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -90,6 +91,13 @@ class BenchServer(ServerProcess):
                 raise RuntimeError(f"the server has not shown its first app's credentials\n{self.tail()}")
             self._credentials = Credentials(*found)
         return self._credentials
+
+    async def all_ready(self, workers: int) -> None:
+        """Wait until every worker answers, not only the first one."""
+        while workers > 1 and '"workers_ready"' not in self.stderr_path.read_text():
+            if not self.running:
+                raise RuntimeError(f"the workers ended with {self.exit_code}\n{self.tail()}")
+            await asyncio.sleep(0.02)
 
     def loop_seconds(self) -> float:
         """Processor seconds of the thread that runs the event loop: the rest is the store's threads."""

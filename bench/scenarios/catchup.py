@@ -121,7 +121,7 @@ async def run_quiet(plan: Plan, findings: Findings) -> None:
                 async with worker(drive_quiet, server.port, token, mark) as link:
                     await link.receive()
                     # What the reader misses is written while nobody else is connected.
-                    await _write_one(server, f"quiet-{count}-0", f"t{time.time_ns()}")
+                    await write_one(server, f"quiet-{count}-0", f"t{time.time_ns()}")
                     before = server.cpu_time()
                     cost = await link.ask()
                     cpu = (server.cpu_time() - before).total_s
@@ -138,7 +138,7 @@ async def run_quiet(plan: Plan, findings: Findings) -> None:
     findings.note("From the start of the connection, with an old mark, to `synced` with the one missed message.")
 
 
-async def _write_one(server: BenchServer, channel: str, key: str) -> None:
+async def write_one(server: BenchServer, channel: str, key: str) -> None:
     async with acting(server, WRITER) as rest:
         await rest.messages.send(channel, "x" * 200, key=key)
 

@@ -166,14 +166,19 @@ class Wire:
 class House:
     """One server with its first app. `rest` has the app's key; `rest.as_user(name)` acts for somebody."""
 
-    def __init__(self, server: ServerProcess, app: str, api_key: str, secret: str, store_url: str = "") -> None:
+    def __init__(
+        self, server: ServerProcess, app: str, api_key: str, secret: str, store_url: str = "", url: str = ""
+    ) -> None:
         self.server = server
+        # Where clients' connections may go.
+        self.ports = [server.port]
         # Of its database, when that is not the file in its folder.
         self.store_url = store_url
         self.app = app
         self.api_key = api_key
         self.secret = secret
-        self.rest = Rest(server.url, api_key=api_key)
+        # `url`: when that is not the server's own.
+        self.rest = Rest(url or server.url, api_key=api_key)
         self._wires: list[Wire] = []
         self._channels = 0
 
@@ -290,19 +295,23 @@ async def gather_all(work: Iterable[Any]) -> list[Any]:
     return list(await asyncio.gather(*work))
 
 
+async def first_app(server: ServerProcess) -> tuple[str, str, str]:
+    """The id, API key and signing secret that a server shows at its first start."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (found := _FIRST_APP.search(server.stderr_path.read_text())):
+        assert time.monotonic() < deadline, f"the server did not introduce its first app\n{server.tail()}"
+        await asyncio.sleep(0.01)  # why: the pace of a loop that looks at a condition
+    return found[1], found[2], found[3]
+
+
 @asynccontextmanager
 async def open_house(folder: Path, *, command: Sequence[str] = SERVE_COMMAND, **settings: str) -> AsyncIterator[House]:
     """Start a server on a fresh data folder; `settings` are environment variables added to `ROOMY`."""
     store = await postgres.server_environment()
     environment = {**ROOMY, "TIDINGS_LOG_FORMAT": "json", **store, **settings}
     async with ServerProcess(folder / "data", command=command, environment=environment) as server:
-        found = None
-        deadline = time.monotonic() + PATIENCE_S
-        while found is None:
-            assert time.monotonic() < deadline, f"the server did not introduce its first app\n{server.tail()}"
-            found = _FIRST_APP.search(server.stderr_path.read_text())
-            await asyncio.sleep(0.01)  # why: the pace of a loop that looks at a condition
-        house = House(server, *found.groups(), store_url=store.get("TIDINGS_STORE", ""))
+        found = await first_app(server)
+        house = House(server, *found, store_url=store.get("TIDINGS_STORE", ""))
         try:
             yield house
         finally:

@@ -107,18 +107,23 @@ async def test_the_client_does_not_come_back_from_the_4500s(server: FakeServer, 
     assert len(server.connects) == 1
 
 
-async def test_going_away_tells_when_to_come_back(server: FakeServer) -> None:
+async def test_going_away_tells_when_to_come_back(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
     async with client(server) as chat:
         await chat.wait_connected(5)
         states = chat.states()
         await anext(states)
         server.sessions[0].put({"type": "going_away", "reason": "restart", "reconnect_in_ms": 300})
+        # As a server's drain ends: a planned restart is nothing to warn of.
+        server.sessions[0].put(
+            {"type": "error", "ref": None, "code": "going_away", "retry": "later", "detail": "Soon."}
+        )
         server.sessions[0].drop(4000, "going_away")
         async for change in states:
             if change.retry_in is not None:
                 assert 0.3 <= change.retry_in <= 0.81
                 break
         await chat.wait_connected(5)
+    assert "nobody waits for" not in caplog.text
 
 
 async def test_an_expired_token_is_replaced_at_once(server: FakeServer) -> None:

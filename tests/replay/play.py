@@ -11,7 +11,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -57,7 +57,8 @@ EMOJI = ("👍", "❤️", "😂")
 class Plan(msgspec.Struct, frozen=True):
     """How to play. `kills`: of the server. `cut_mean_s`: a connection lives so long on average. `restarts`: how many
     times some device's program ends and starts again. `visits_at_once`, `window`: conversations of the clinic at a
-    time, steps of a room under way at a time."""
+    time, steps of a room under way at a time. `pause_s`: how long people in a clinic think on average before they
+    speak. `for_trouble`: conversations begin only while there is trouble."""
 
     seed: int
     kills: int
@@ -66,6 +67,8 @@ class Plan(msgspec.Struct, frozen=True):
     visits_at_once: int = 24
     rooms_at_once: int = 2
     window: int = 12
+    pause_s: float = 0.0
+    for_trouble: bool = False
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -412,6 +415,8 @@ class Play:
         last = 0
         for number, step in enumerate(script.steps):
             device = rng.choice(people[step.who])
+            if self.plan.pause_s:
+                await asyncio.sleep(rng.expovariate(1 / self.plan.pause_s))
             if rng.random() < TAKES_TURNS_SHARE:
                 await device.until(channel, last)
             _, last = await device.say(channel, step.text, f"{script.id}/{number}")
@@ -554,6 +559,29 @@ class Play:
             if candidates:
                 await rng.choice(candidates).restart()
 
+    async def converge(self, seconds: float) -> float:
+        """Wait until every device has shown whatever there is now; how long that took."""
+        began = time.monotonic()
+        heads: dict[str, int] = {}
+        for channel in list(self.channels):
+            page = await self.insist(lambda channel=channel: self.house.rest.streams.events(channel, 0, limit=1))
+            assert page is not None
+            heads[channel] = page.head
+
+        def behind() -> list[str]:
+            return [
+                f"{device.name} at {seen} of {channel} instead of {heads[channel]}"
+                for devices in self.devices.values()
+                for device in devices
+                for channel, seen in device.seen.items()
+                if seen < heads.get(channel, 0)
+            ]
+
+        while late := behind():
+            assert time.monotonic() < began + seconds, f"not within {seconds} s: {late[:10]}"
+            await asyncio.sleep(0.02)  # why: the pace of a loop that looks at a condition
+        return time.monotonic() - began
+
     # ------------------------------------------------------------ the end
 
     async def tell_truth(self) -> None:
@@ -588,17 +616,27 @@ class Play:
             self.recorder.append(Ok(coming.operation, coming.at, seq=found[number]))
 
 
+Trouble = Callable[[Play, int], Awaitable[None]]
+
+
 async def replay(
-    scripts: Sequence[Script], plan: Plan, folder: Path, *, step_done: Callable[[], None] = lambda: None
+    scripts: Sequence[Script],
+    plan: Plan,
+    folder: Path,
+    *,
+    step_done: Callable[[], None] = lambda: None,
+    open_at: Callable[[Path], AbstractAsyncContextManager[House]] = open_house,
+    make_trouble: Trouble = Play.kill_server,
 ) -> Result:
-    """Play the scripts in `folder` and judge. Raises `AssertionError` when something hangs."""
+    """Play the scripts in `folder` and judge. `open_at` opens the servers; `make_trouble`, told how many steps there
+    are, breaks them meanwhile, and mends them. Raises `AssertionError` when something hangs."""
     began = time.monotonic()
     rng = random.Random(plan.seed)
     steps = sum(len(script.steps) for script in scripts)
     history = folder / "history.jsonl"
     async with (
-        open_house(folder) as house,
-        ChaosProxy(house.server.port, seed=plan.seed) as proxy,
+        open_at(folder) as house,
+        ChaosProxy(*house.ports, seed=plan.seed) as proxy,
         AsyncExitStack() as stack,
     ):
         recorder = stack.enter_context(Recorder(history, name="replay"))
@@ -615,11 +653,13 @@ async def replay(
 
         async def one(script: Script) -> None:
             async with rooms if script.kind == "room" else visits:
+                if plan.for_trouble and all(task.done() for task in trouble):
+                    return
                 await (play.room(script) if script.kind == "room" else play.visit(script))
 
         async with asyncio.TaskGroup() as group:
             trouble = [
-                group.create_task(play.kill_server(steps)),
+                group.create_task(_work(make_trouble(play, steps))),
                 group.create_task(play.restart_programs(steps)),
             ]
             played = [group.create_task(one(script)) for script in scripts]
@@ -642,6 +682,10 @@ async def replay(
         play.duplicates,
         play.untold,
     )
+
+
+async def _work(trouble: Awaitable[None]) -> None:
+    await trouble
 
 
 async def settle(play: Play) -> None:

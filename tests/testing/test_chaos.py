@@ -232,6 +232,23 @@ async def test_a_target_that_is_away_shows_as_a_reset(proxy: ChaosProxy) -> None
     assert proxy.stats.unreachable == 1
 
 
+async def test_connections_are_spread_over_the_targets_that_are_there(echo: Echo) -> None:
+    another = Echo()
+    server = await asyncio.start_server(another, LOOPBACK, 0)
+    another.port = server.sockets[0].getsockname()[1]
+    async with ChaosProxy(echo.port, another.port, seed=1) as proxy:
+        for _ in range(20):
+            await (await connect(proxy)).ask(b"hello")
+        assert echo.received
+        assert another.received
+        server.close()
+        there = len(another.received)
+        for _ in range(10):
+            await (await connect(proxy)).ask(b"hello again")
+        assert len(another.received) == there
+        assert proxy.stats.unreachable == 0
+
+
 async def test_an_unknown_fault_is_refused(proxy: ChaosProxy) -> None:
     with pytest.raises(TypeError):
         proxy.set(gremlins=True)

@@ -605,7 +605,8 @@ class Connection:
             return
         if self.session is None:
             self._refusal = Refused.of(frame)
-        else:
+        elif self._going_away is None:
+            # Else it is the goodbye that was announced.
             log.warning("the server refused a command that nobody waits for: %s (%s)", frame.code, frame.detail)
 
     def _on_going_away(self, frame: GoingAway) -> None:

@@ -120,10 +120,14 @@ class _Link:
 
 
 class ChaosProxy:
-    """Listens on a free loopback port (`port`) and forwards to `target_port` on `target_host`."""
+    """Listens on a free loopback port (`port`) and forwards to `target_port` on `target_host`.
 
-    def __init__(self, target_port: int, *, target_host: str = LOOPBACK, seed: int = 0) -> None:
-        self.target_port = target_port
+    Several ports: each connection goes to one drawn from them, and on to the next where nobody listens, as a load
+    balancer would have it. They may be changed at any time and count for connections to come.
+    """
+
+    def __init__(self, target_port: int, *others: int, target_host: str = LOOPBACK, seed: int = 0) -> None:
+        self.target_ports = [target_port, *others]
         self.stats = ProxyStats()
         self._target_host = target_host
         self._random = random.Random(seed)
@@ -150,6 +154,15 @@ class ChaosProxy:
             handler.cancel()
         await asyncio.gather(*handlers, return_exceptions=True)
         self._reserved.close()
+
+    @property
+    def target_port(self) -> int:
+        """Of the only target, or the first."""
+        return self.target_ports[0]
+
+    @target_port.setter
+    def target_port(self, port: int) -> None:
+        self.target_ports = [port]
 
     @property
     def faults(self) -> Faults:
@@ -228,12 +241,12 @@ class ChaosProxy:
         task.add_done_callback(self._handlers.discard)
         self.stats.accepted += 1
         try:
-            try:
-                reader, writer = await asyncio.open_connection(self._target_host, self.target_port, limit=CHUNK_BYTES)
-            except OSError:
+            target = await self._reach()
+            if target is None:
                 self.stats.unreachable += 1
                 _reset(client_writer)
                 return
+            reader, writer = target
             link = _Link(_Flow("up", client_reader, writer), _Flow("down", reader, client_writer))
             self._links[link] = None
             try:
@@ -245,6 +258,14 @@ class ChaosProxy:
         except asyncio.CancelledError:
             # The proxy is closing: asyncio's own callback on this task would report a cancellation as an error.
             _reset(client_writer)
+
+    async def _reach(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+        """A connection to one of the targets, None when nobody listens anywhere."""
+        ports = self.target_ports
+        for port in ports if len(ports) == 1 else self._random.sample(ports, len(ports)):
+            with contextlib.suppress(OSError):
+                return await asyncio.open_connection(self._target_host, port, limit=CHUNK_BYTES)
+        return None
 
     async def _run(self, link: _Link) -> None:
         pumps = [

@@ -62,17 +62,21 @@ class NatsProcess(ServerProcess):
 
 
 @asynccontextmanager
-async def nats_cluster(folder: Path, count: int, *, name: str = "test") -> AsyncIterator[list[NatsProcess]]:
-    """`count` servers that know each other."""
+async def nats_cluster(
+    folder: Path, count: int, *, name: str = "test", advertise: bool = True
+) -> AsyncIterator[list[NatsProcess]]:
+    """`count` servers that know each other. Not `advertise`: clients are not told of the others, and stay where they
+    were sent, behind a proxy say."""
     reserved: list[socket.socket] = [reserve_port() for _ in range(count)]
     routes = [f"nats://{LOOPBACK}:{one.getsockname()[1]}" for one in reserved]
+    quiet = () if advertise else ("--no_advertise",)
     async with contextlib.AsyncExitStack() as stack:
         for one in reserved:
             stack.callback(one.close)
         made = [
             NatsProcess(
                 folder / f"nats{place}",
-                arguments=("--cluster_name", name, "--cluster", route, "--routes", ",".join(routes)),
+                arguments=("--cluster_name", name, "--cluster", route, "--routes", ",".join(routes), *quiet),
             )
             for place, route in enumerate(routes)
         ]

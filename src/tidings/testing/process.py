@@ -272,9 +272,7 @@ class ServerProcess:
         # The second field is the name in brackets, which may hold blanks and brackets itself.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         user, system = int(fields[11]), int(fields[12])
-        # clock_getcpuclockid(3): the kernel's clock id of a whole process is ~pid << 3 | 2 (CPUCLOCK_SCHED).
-        total = time.clock_gettime_ns(~pid << 3 | 2)
-        return CpuTime(user / _CLOCK_TICKS_PER_S, system / _CLOCK_TICKS_PER_S, total / 1e9)
+        return CpuTime(user / _CLOCK_TICKS_PER_S, system / _CLOCK_TICKS_PER_S, cpu_seconds(pid))
 
     def memory(self) -> Memory:
         """Raises `ProcessLookupError` once it has ended."""
@@ -310,6 +308,12 @@ class ServerProcess:
         process = self._started()
         if _poll(process) is None:
             os.kill(process.pid, number)
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor seconds of a process so far, all threads, exact to the nanosecond. Raises `OSError` once it is gone."""
+    # clock_getcpuclockid(3): the kernel's clock id of a whole process is ~pid << 3 | 2 (CPUCLOCK_SCHED).
+    return time.clock_gettime_ns(~pid << 3 | 2) / 1e9
 
 
 def child_pids(parent: int) -> list[int]:
