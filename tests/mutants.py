@@ -1254,6 +1254,38 @@ MUTANTS: list[Mutant] = [
         new="",
         tests=["tests/cluster/test_workers.py", "-k", "others_listen"],
     ),
+    Mutant(
+        check="transfer",
+        why="only the rows are counted, not what is in them",
+        file="src/tidings/server/store/transfer.py",
+        old="            if got != expected:",
+        new="            if got.rows != expected.rows:",
+        tests=["tests/ops/test_transfer.py", "-k", "arrived_otherwise"],
+    ),
+    Mutant(
+        check="transfer",
+        why="a node starts on half of the data",
+        file="src/tidings/server/app.py",
+        old="        await check_target(connection)\n",
+        new="",
+        tests=["tests/ops/test_transfer.py", "-k", "killed_in_the_middle"],
+    ),
+    Mutant(
+        check="transfer",
+        why="the old server starts again beside the new one",
+        file="src/tidings/server/app.py",
+        old="    check_source(config.data_dir)\n",
+        new="",
+        tests=["tests/ops/test_transfer.py", "-k", "goes_on_over_postgresql"],
+    ),
+    Mutant(
+        check="transfer",
+        why="numbers are given out from the beginning again",
+        file="src/tidings/server/store/transfer.py",
+        old="            if shape.serial is not None:",
+        new="            if shape.serial is not None and False:",
+        tests=["tests/ops/test_transfer.py", "-k", "goes_on_over_postgresql"],
+    ),
 ]
 
 Verdict = Literal["caught", "SURVIVED", "STALE", "BROKEN"]

@@ -233,7 +233,8 @@ class OpenedStore:
 async def open_store(
     config: Config, *, observe: Callable[[int, float], None] | None = None, on_bus: bool = True
 ) -> OpenedStore:
-    """Open the store that the configuration names. Raises UnsafeStore, StoreUnavailable, StoreCorrupt, SchemaTooNew."""
+    """Open the store that the configuration names. Raises UnsafeStore, StoreUnavailable, StoreCorrupt, SchemaTooNew,
+    DataMoved."""
     if config.store_synchronous != "full" and not config.allow_unsafe_store:
         raise UnsafeStore(
             f"store_synchronous = {config.store_synchronous!r} loses acknowledged messages at a power cut. "
@@ -247,7 +248,9 @@ async def open_store(
 
 def _open_sqlite(config: Config, observe: Callable[[int, float], None] | None) -> OpenedStore:
     from tidings.server.store.migrations import migrate
+    from tidings.server.store.transferring import check_source
 
+    check_source(config.data_dir)
     path = config.data_dir / DATABASE
     fresh = not path.exists()
     migrate(path)
@@ -259,11 +262,13 @@ def _open_sqlite(config: Config, observe: Callable[[int, float], None] | None) -
 async def _open_postgres(config: Config, observe: Callable[[int, float], None] | None, on_bus: bool) -> OpenedStore:
     from tidings.server.store.migrations.postgres import migrate
     from tidings.server.store.postgres import PostgresStore, check_safety, connect
+    from tidings.server.store.transferring import check_target
 
     connection = await connect(config.store)
     try:
         await check_safety(connection, allow=config.allow_unsafe_store)
         await migrate(connection)
+        await check_target(connection)
         keys = await connection.fetchval("SELECT count(*) FROM app_keys")
     finally:
         await connection.close()

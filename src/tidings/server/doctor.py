@@ -299,11 +299,17 @@ async def _postgres_safety(connection: Any, config: Config) -> Finding:
 
 async def _postgres_schema(connection: Any) -> Finding:
     from tidings.server.store.migrations.postgres import plan
+    from tidings.server.store.transferring import check_target
 
     try:
         planned = await plan(connection)
     except TidingsError as error:
         return Finding("fail", "schema", str(error), "Use the version of Tidings that the database needs.")
+    if planned.current is not None:
+        try:
+            await check_target(connection)
+        except TidingsError as error:
+            return Finding("fail", "transfer", str(error), "Finish it; see docs/operate/transfer.md.")
     if planned.steps:
         return Finding("ok", "schema", f"the next start will run {', '.join(planned.steps)}")
     return Finding("ok", "schema", f"at revision {planned.current}")

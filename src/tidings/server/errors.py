@@ -76,5 +76,9 @@ class StoreCorrupt(TidingsError):
     """What was read is not what was written."""
 
 
+class DataMoved(TidingsError):
+    """The data is on its way to another database, or has moved there: the message says what to do."""
+
+
 class BusUnavailable(TidingsError):
     """The bus between nodes cannot be reached: the message says what was tried."""
