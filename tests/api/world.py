@@ -13,7 +13,7 @@ import httpx
 from litestar import Litestar
 
 from tests.postgres import open_store
-from tidings.server.bus.base import AccessChanged, Left, Notice
+from tidings.server.bus.base import AccessChanged, Notice
 from tidings.server.bus.local import LocalBus
 from tidings.server.clock import Ids, ManualClock
 from tidings.server.config import Config
@@ -120,14 +120,9 @@ async def open_world(path: Path, **settings: Any) -> AsyncIterator[World]:
     access = AccessService(store, apps, keyring, changes)
 
     def forget(notice: Notice) -> None:
-        match notice:
-            case AccessChanged(channel=str(channel)) | Left(channel=channel):
-                access.forget_channel(notice.app, channel)
-            case AccessChanged(user=str(user)):
-                access.forget_user(notice.app, user)
-            case AccessChanged():
-                apps.forget(notice.app)
-                access.forget_app(notice.app)
+        if isinstance(notice, AccessChanged) and notice.channel is None and notice.user is None:
+            apps.forget(notice.app)
+        access.heard(notice)
 
     bus.listen(forget)
     policy = OutboundPolicy()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.postgres import open_store
-from tidings.server.bus.base import AccessChanged, Notice
+from tidings.server.bus.base import Notice
 from tidings.server.bus.local import LocalBus
 from tidings.server.clock import Ids, ManualClock
 from tidings.server.crypto.keyfile import KeyFile
@@ -24,6 +24,8 @@ from tidings.server.services.auth import Auth, verifying_keys
 from tidings.server.services.change import Changes
 from tidings.server.services.channels import Channels
 from tidings.server.services.jwks import JwksCache
+from tidings.server.services.members import Members
+from tidings.server.services.messages import Messages
 from tidings.server.services.tokens import SigningKey, TokenVerifier, mint
 from tidings.server.services.users import Users
 from tidings.server.store.base import Row, Tx
@@ -44,6 +46,8 @@ class World:
     users: Users
     access: AccessService
     channels: Channels
+    members: Members
+    messages: Messages
     notices: list[Notice] = field(default_factory=list)
 
     @property
@@ -95,20 +99,16 @@ async def open_world(folder: Path) -> AsyncIterator[World]:
     access = AccessService(store, apps, keyring, changes)
     channels = Channels(store, apps, access, changes, clock, ids)
 
-    def forget(notice: Notice) -> None:
-        if isinstance(notice, AccessChanged) and notice.user is not None:
-            access.forget_user(notice.app, notice.user)
-        elif isinstance(notice, AccessChanged) and notice.sid is None:
-            access.forget_app(notice.app)
-
-    bus.listen(forget)
+    members = Members(store, apps, access, changes, clock, ids)
+    messages = Messages(store, access, bus, clock, ids)
+    bus.listen(access.heard)
     client = GuardedClient(OutboundPolicy())
     users = Users(store, apps, changes, clock, ids)
     admin = Admin(store, apps, changes, keyring, clock, ids, OutboundPolicy(hosts=("idp.internal",)))
     jwks = JwksCache(client)
     auth = Auth(store, apps, changes, users, TokenVerifier(clock, jwks), bus, clock, ids)
     new = await admin.create_app("Clinic", "app_clinic")
-    world = World(store, bus, clock, apps, admin, auth, new, users, access, channels)
+    world = World(store, bus, clock, apps, admin, auth, new, users, access, channels, members, messages)
     bus.listen(world.notices.append)
     try:
         yield world

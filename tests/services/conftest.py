@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from tests.postgres import open_store
-from tidings.server.bus.base import AccessChanged, Joined, Left, Notice, Published
+from tidings.server.bus.base import Notice, Published
 from tidings.server.bus.local import LocalBus
 from tidings.server.clock import Ids, ManualClock
 from tidings.server.crypto.keyfile import KeyFile
@@ -159,11 +159,7 @@ async def build(path: Path) -> World:
     notices: list[Notice] = []
     bus.listen(notices.append)
 
-    def forget(notice: Notice) -> None:
-        if isinstance(notice, AccessChanged | Joined | Left) and notice.channel is not None:
-            access.forget_channel(notice.app, notice.channel)
-
-    bus.listen(forget)
+    bus.listen(access.heard)
     return World(
         store=store,
         keyring=keyring,

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from tidings.server.bus.base import MembersMoved
 from tidings.server.domain.permissions import Permission as P
-from tidings.server.errors import Forbidden
+from tidings.server.errors import Forbidden, NotFound
 from tidings.server.services.access import ChannelView
-from tidings.wire.requests import ChannelCreate
+from tidings.server.services.messages import Draft
+from tidings.wire.requests import ChannelCreate, MembersAdd, MemberUpdate
+from tidings.wire.resources import Relation
 
 from .admin_world import World, open_world
 
@@ -63,6 +66,67 @@ async def test_forgetting_a_user_costs_the_same_however_many_channels_are_rememb
     assert world.access.cached(bob, "c1") is not None
     await world.access.channel(alice, "c1", P.MESSAGE_SEND)
     assert world.access.cached(alice, "c1") is not None
+
+
+async def test_who_joins_or_leaves_costs_no_other_member_a_look_into_the_store(world: World) -> None:
+    backend, bob = await world.backend(), await world.acting("bob")
+    for name in ("carol", "dave"):
+        await world.add_user(name)
+    await world.access.channel(bob, "c1", P.MESSAGE_SEND)
+    await world.access.channel(backend, "c1", P.MEMBER_ADD)
+    await world.members.add(backend, "c1", MembersAdd(users=["carol", "dave"]))
+    await world.members.update(backend, "c1", "dave", MemberUpdate(role="moderator"))
+    await world.members.remove(backend, "c1", "carol")
+    reads = world.store.reads
+    access = world.access.cached(bob, "c1")
+    assert access is not None
+    (row,) = await world.rows("SELECT s.access_version, c.member_count FROM streams s JOIN channels c ON c.sid=s.sid")
+    assert (access.channel.access_version, access.channel.member_count) == tuple(row)
+    await world.messages.send(bob, "c1", Draft(text="still here"), "k")
+    assert world.store.reads == reads + 1, "the one of this test"
+
+
+async def test_who_came_or_went_is_looked_at_anew_and_what_was_decided_for_them_does_not_count(world: World) -> None:
+    backend = await world.backend()
+    await world.channels.create(backend, ChannelCreate(id="open", type="public", members=["alice"]))
+    alice, bob = await world.acting("alice"), await world.acting("bob")
+    assert not (await world.access.channel(bob, "open", P.CHANNEL_READ)).member.is_member
+    await world.members.join(bob, "open")
+    assert (await world.access.channel(bob, "open", P.MESSAGE_SEND)).member.is_member
+    early = await world.access.channel(alice, "open", P.MESSAGE_SEND)
+    await world.members.remove(backend, "open", "alice")
+    # Still in somebody's hands, and refused by the store: its version has passed.
+    (row,) = await world.rows("SELECT access_version FROM streams WHERE kind='channel' AND ref='open'")
+    assert early.channel.access_version == row[0] - 1
+    with pytest.raises(Forbidden):
+        await world.messages.send(alice, "open", Draft(text="too late"), "k")
+
+
+async def test_whose_rights_hang_on_a_member_loses_and_gains_them_with_that_member(world: World) -> None:
+    await world.admin.put_role(await world.backend(), "relation", "clinician", ["channel.read", "message.send"])
+    await world.add_user("clara")
+    backend = await world.backend()
+    await world.admin.put_relation(backend, Relation(kind="clinician", user="clara", other="alice"))
+    clara, bob = await world.acting("clara"), await world.acting("bob")
+    await world.access.channel(bob, "c1", P.MESSAGE_SEND)
+    await world.messages.send(clara, "c1", Draft(text="hello"), "k1")
+    await world.members.remove(backend, "c1", "alice")
+    with pytest.raises(NotFound):
+        await world.access.channel(clara, "c1", P.CHANNEL_READ)
+    await world.access.channel(bob, "c1", P.MESSAGE_SEND)
+    with pytest.raises(NotFound):
+        await world.access.channel(clara, "c1", P.CHANNEL_READ)
+    await world.members.add(backend, "c1", MembersAdd(users=["alice"]))
+    await world.messages.send(clara, "c1", Draft(text="again"), "k2")
+
+
+async def test_a_change_that_was_not_heard_of_is_not_skipped(world: World) -> None:
+    bob = await world.acting("bob")
+    access = await world.access.channel(bob, "c1", P.MESSAGE_SEND)
+    version = access.channel.access_version
+    for later, known in ((version - 1, True), (version, True), (version + 1, True), (version + 3, False)):
+        world.access.members_moved(access.channel.app, "c1", MembersMoved(later, 7, ["somebody"]))
+        assert (world.access.cached(bob, "c1") is not None) == known, later
 
 
 class Watched(OrderedDict[tuple[int, str], ChannelView]):

@@ -25,7 +25,7 @@ async def test_a_member_who_is_removed_is_cut_off_before_the_others_hear_of_it(w
     assert (await world.channels.get(bob, channel.id)).member_count == 2
     world.notices.clear()
     await world.members.remove(alice, channel.id, "bob")
-    assert [type(notice) for notice in world.notices] == [Left, Published, Published, AccessChanged]
+    assert [type(notice) for notice in world.notices] == [AccessChanged, Left, Published, Published]
     assert world.told(Left)[0].user == "bob"
     assert [(event["type"], event["data"]["reason"]) for event in world.events()] == [
         ("member.removed", "removed"),

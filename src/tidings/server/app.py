@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import uvicorn
 
-from tidings.server.bus.base import AccessChanged, Bus, Left, Lost, Notice, Revoked
+from tidings.server.bus.base import AccessChanged, Bus, Lost, Notice, Revoked
 from tidings.server.bus.local import LocalBus
 from tidings.server.clock import Clock, Ids, SystemClock
 from tidings.server.config import Config, is_loopback
@@ -326,21 +326,13 @@ def _forgetter(apps: Apps, access: AccessService, sync: Sync) -> Callable[[Notic
     """What is remembered about access goes before anybody else hears of the change."""
 
     def listen(notice: Notice) -> None:
-        if isinstance(notice, AccessChanged):
-            if notice.channel is not None:
-                access.forget_channel(notice.app, notice.channel)
-            elif notice.user is not None:
-                access.forget_user(notice.app, notice.user)
-            else:
-                apps.forget(notice.app)
-                access.forget_app(notice.app)
-        elif isinstance(notice, Left):
-            access.forget_channel(notice.app, notice.channel)
+        if isinstance(notice, AccessChanged) and notice.channel is None and notice.user is None:
+            apps.forget(notice.app)
         elif isinstance(notice, Lost):
             apps.forget_all()
-            access.forget_all()
         elif isinstance(notice, Revoked) and notice.code == "user_unknown":
             sync.forget(notice.app, notice.user)
+        access.heard(notice)
 
     return listen
 

@@ -43,6 +43,15 @@ class Joined(msgspec.Struct, frozen=True, array_like=True, tag=2):
     head: int
 
 
+class MembersMoved(msgspec.Struct, frozen=True, array_like=True):
+    """What came and went did to a channel: its access version is `version` since then, with nothing else between it and
+    the one before, it has `member_count` members, and `users` are those who came or went."""
+
+    version: int
+    member_count: int
+    users: list[str]
+
+
 class Left(msgspec.Struct, frozen=True, array_like=True, tag=3):
     """A user may not see the channel any more; `user` None: nobody may (it was deleted)."""
 
@@ -53,12 +62,16 @@ class Left(msgspec.Struct, frozen=True, array_like=True, tag=3):
 
 
 class AccessChanged(msgspec.Struct, frozen=True, array_like=True, tag=4):
-    """What was remembered about who may do what is out of date: in a channel (`sid`), of a user, or of the app."""
+    """What was remembered about who may do what is out of date: in a channel (`sid`), of a user, or of the app.
+
+    `moved`: in the channel only members came or went, so that what is known of the others holds on.
+    """
 
     app: int
     sid: int | None = None
     channel: str | None = None
     user: str | None = None
+    moved: MembersMoved | None = None
 
 
 class Revoked(msgspec.Struct, frozen=True, array_like=True, tag=5):

@@ -294,7 +294,7 @@ class Connection(Peer):
                 self.gateway.send_seconds.observe(self.gateway.clock.monotonic() - heard_at)
             elif isinstance(outcome, Stale):
                 # Who may do what has changed meanwhile: decide again, in the order of sending, before what follows.
-                self.gateway.access.forget_channel(actor.app.app, channel)
+                self.gateway.access.forget_overtaken(actor.app.app, channel, self._under.get(channel, 0))
                 self._again.append(command)
                 if not self._busy and not self.ended:
                     self._busy = True

@@ -14,6 +14,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from tidings.server.bus.base import AccessChanged, Left, Lost, MembersMoved, Notice
 from tidings.server.crypto.base import AppKeyNotLoaded
 from tidings.server.crypto.keyring import Keyring, StreamCipher, WrappedStreamKey
 from tidings.server.domain.permissions import EVERYTHING, NONE, Grants, Permission, bit
@@ -78,9 +79,11 @@ class ChannelView:
     access_version: int
     cipher: StreamCipher
     floor: int
-    # As exact as the rest: whoever joins or leaves makes the view forgotten.
+    # As exact as the rest: whoever joins or leaves makes another view of it.
     member_count: int = 0
     users: dict[str, Member] = field(default_factory=dict)
+    # Those of them who stand in a relation to somebody: what they may do here can depend on who else is a member.
+    relating: set[str] = field(default_factory=set)
 
 
 @dataclass(slots=True, frozen=True)
@@ -199,7 +202,7 @@ class AccessService:
             try:
                 return await self._changes.run(guarded)
             except Stale:
-                self.forget_channel(actor.app.app, channel_id)
+                self.forget_overtaken(actor.app.app, channel_id, access.channel.access_version)
         raise StoreUnavailable("the channel's members change too fast")
 
     async def read(
@@ -226,15 +229,64 @@ class AccessService:
             try:
                 return await self._store.read(guarded)
             except Stale:
-                self.forget_channel(actor.app.app, channel_id)
+                self.forget_overtaken(actor.app.app, channel_id, access.channel.access_version)
         raise StoreUnavailable("the channel's members change too fast")
 
     # ------------------------------------------------------------ forgetting
+
+    def heard(self, notice: Notice) -> None:
+        """Take a notice from the bus: what it says does not hold any more is not remembered from here on."""
+        if isinstance(notice, AccessChanged):
+            if notice.channel is not None:
+                self.members_moved(notice.app, notice.channel, notice.moved)
+            elif notice.user is not None:
+                self.forget_user(notice.app, notice.user)
+            else:
+                self.forget_app(notice.app)
+        elif isinstance(notice, Left):
+            self.forget_member(notice.app, notice.channel, notice.user)
+        elif isinstance(notice, Lost):
+            self.forget_all()
 
     def forget_channel(self, app: int, channel_id: str) -> None:
         """Who may do what in the channel has changed."""
         self._forgotten += 1
         self._channels.pop((app, channel_id), None)
+
+    def forget_overtaken(self, app: int, channel_id: str, version: int) -> None:
+        """What was decided under this access version came too late: unless a newer one is known, read it again."""
+        view = self._channels.get((app, channel_id))
+        if view is None or view.access_version <= version:
+            self.forget_channel(app, channel_id)
+
+    def members_moved(self, app: int, channel_id: str, moved: MembersMoved | None) -> None:
+        """Who may do what in the channel has changed; `moved`: because members came or went, and for nobody but them
+        and those whose rights hang on who is a member.
+
+        What is known of the others is then taken over under the new version, so that a channel of many members does not
+        read all of them again for one who comes. Decisions under way keep the old version, and are decided anew.
+        """
+        view = self._channels.get((app, channel_id))
+        if view is None or moved is None or view.access_version < moved.version - 1:
+            # Something in between was not heard of.
+            self.forget_channel(app, channel_id)
+            return
+        if view.access_version >= moved.version:
+            return
+        self._forgotten += 1
+        for user in (*moved.users, *view.relating):
+            view.users.pop(user, None)
+        view.relating.clear()
+        self._channels[app, channel_id] = replace(view, access_version=moved.version, member_count=moved.member_count)
+
+    def forget_member(self, app: int, channel_id: str, user: str | None) -> None:
+        """The user is no member any more; None: nobody is."""
+        view = self._channels.get((app, channel_id))
+        if user is None or view is None:
+            self.forget_channel(app, channel_id)
+            return
+        self._forgotten += 1
+        view.users.pop(user, None)
 
     def forget_user(self, app: int, user: str) -> None:
         """The user's relations or role have changed."""
@@ -280,8 +332,8 @@ class AccessService:
                 "SELECT role, joined_seq FROM members WHERE app=? AND sid=? AND user=?", app.app, row[0], actor.user
             )
             related = await tx.all(
-                "SELECT DISTINCT r.kind FROM relations r JOIN members m ON m.app=r.app AND m.sid=? AND m.user=r.other"
-                " WHERE r.app=? AND r.user=?",
+                "SELECT r.kind, count(m.user) FROM relations r LEFT JOIN members m ON m.app=r.app AND m.sid=?"
+                " AND m.user=r.other WHERE r.app=? AND r.user=? GROUP BY r.kind",
                 row[0],
                 app.app,
                 actor.user,
@@ -323,8 +375,9 @@ class AccessService:
         if actor.user is None:
             return Access(actor, view, _BACKEND, actor.grants)
         grants = int(compiled.everyone)
-        for (kind,) in related:
-            grants |= app.relation_roles.get(str(kind), NONE)
+        for kind, members in related:
+            if members:
+                grants |= app.relation_roles.get(str(kind), NONE)
         if member_row is not None:
             role = str(member_row[0])
             grants |= compiled.grants.get(role, NONE)
@@ -334,7 +387,10 @@ class AccessService:
         if forgotten == self._forgotten:
             if len(view.users) >= USERS_MAX:
                 view.users.clear()
+                view.relating.clear()
             view.users[actor.user] = member
+            if related:
+                view.relating.add(actor.user)
         return Access(actor, view, member, Grants(actor.grants | member.grants))
 
     async def type_of(self, app: int, name: str) -> CompiledType:

@@ -7,7 +7,7 @@ who was removed gets nothing more, a channel that was joined is live.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
@@ -90,3 +90,25 @@ async def record(
         sealed=cipher.seal(encoded, item.encode()),
     )
     return Published(sid, seq, render_event(type, stream, seq, at, by, encoded))
+
+
+async def record_many(
+    tx: Tx,
+    *,
+    app: int,
+    sid: int,
+    stream: str,
+    cipher: StreamCipher,
+    type: str,
+    at: int,
+    by: str | None,
+    events: Sequence[tuple[str | None, str, Any]],
+) -> list[Published]:
+    """As `record`, for events that follow one another on a stream: what they refer to, their items, their data."""
+    encoded = [(ref, item, encode(data)) for ref, item, data in events]
+    sealed = [(ref, item, cipher.seal(data, item.encode())) for ref, item, data in encoded]
+    first = await log.append_events(tx, app=app, sid=sid, type=type, at=at, by=by, events=sealed)
+    return [
+        Published(sid, seq, render_event(type, stream, seq, at, by, data))
+        for seq, (_, _, data) in enumerate(encoded, first)
+    ]

@@ -311,7 +311,7 @@ class Channels:
                 ),
             )
             place = Place(stream.sid, channel_id, stream.epoch, stream.cipher)
-            notices = await insert_members(tx, self._keyring, app, place, entrants, at=now, by=actor.user, mark=mark)
+            _, notices = await insert_members(tx, self._keyring, app, place, entrants, at=now, by=actor.user, mark=mark)
             return Change((await self._render(tx, actor, channel_id), True), (created, *notices))
 
         async def attempt() -> tuple[Channel, bool]:

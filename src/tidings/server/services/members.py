@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from tidings.server.bus.base import AccessChanged
+from tidings.server.bus.base import AccessChanged, MembersMoved, Notice
 from tidings.server.clock import Clock, Ids
 from tidings.server.domain.permissions import NONE, Permission, has
 from tidings.server.errors import Refusal
@@ -27,6 +27,7 @@ from .membership import (
     delete_member,
     insert_members,
     member_of,
+    members_named,
     members_of,
     no_member,
     place_of,
@@ -165,13 +166,14 @@ class Members:
                 item=mark,
                 data=MemberChanged(user=user, role=body.role),
             )
-            await log.touch_access(tx, channel.sid)
+            # What one member may do says nothing of the others.
+            moved = MembersMoved(await log.touch_access(tx, channel.sid), channel.member_count, [user])
             change = {"user": user, "from": old, "to": body.role}
             await line_of(actor, Action.MEMBER_ROLE_CHANGED, f"channel:{channel.id}", mark, now, **change).write(tx)
             after = await self._row(tx, access, user)
             return Change(
                 render_member(after, receipts=receipts),
-                (AccessChanged(channel.app, sid=channel.sid, channel=channel.id), published),
+                (AccessChanged(channel.app, sid=channel.sid, channel=channel.id, moved=moved), published),
             )
 
         return await with_keys(
@@ -208,16 +210,12 @@ class Members:
     async def _insert(self, tx: Tx, access: Access, users: _Ids, role: str, mark: str) -> Change[Page]:
         channel = access.channel
         app = access.actor.app
-        found: dict[str, Row] = {}
-        for user in users:
-            row = await member_of(tx, channel.app, channel.sid, user)
-            if row is not None:
-                found[user] = row
+        found = await members_named(tx, channel.app, channel.sid, users)
         new = [user for user in users if user not in found]
-        notices = []
+        notices: list[Notice] = []
         if new:
             await self._check_new(tx, access, users, new)
-            notices = await insert_members(
+            moved, notices = await insert_members(
                 tx,
                 self._keyring,
                 app,
@@ -229,11 +227,8 @@ class Members:
             )
             # What is remembered about access goes first: another node hears these one by one, and whoever is told that
             # they have joined reads the channel in between.
-            notices.insert(0, AccessChanged(channel.app, sid=channel.sid, channel=channel.id))
-            for user in new:
-                row = await member_of(tx, channel.app, channel.sid, user)
-                if row is not None:
-                    found[user] = row
+            notices.insert(0, AccessChanged(channel.app, sid=channel.sid, channel=channel.id, moved=moved))
+            found |= await members_named(tx, channel.app, channel.sid, new)
         receipts = channel.type.definition.features.receipts
         return Change([render_member(found[user], receipts=receipts) for user in users], tuple(notices))
 
@@ -275,7 +270,6 @@ class Members:
             await line_of(
                 access.actor, Action.MEMBER_REMOVED, f"channel:{channel.id}", mark, now, user=user, role=role
             ).write(tx)
-        notices.append(AccessChanged(channel.app, sid=channel.sid, channel=channel.id))
         return Change(None, tuple(notices))
 
     @staticmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tidings.server.bus.base import Joined, Left, Notice, Published
+from tidings.server.bus.base import AccessChanged, Joined, Left, MembersMoved, Notice, Published
 from tidings.server.crypto.keyring import Keyring, StreamCipher
 from tidings.server.domain.permissions import Grants, Permission, bit
 from tidings.server.errors import NotFound, Refusal
@@ -20,7 +20,7 @@ from tidings.wire.resources import Member
 
 from .access import Access
 from .apps import AppContext, CompiledType
-from .change import record
+from .change import record, record_many
 from .streams import UserStream, record_own, user_streams
 
 
@@ -83,35 +83,32 @@ async def insert_members(
     at: int,
     by: str | None,
     mark: str,
-) -> list[Notice]:
-    """Make (user, role) members who are none yet; what to announce.
+) -> tuple[MembersMoved, list[Notice]]:
+    """Make (user, role) members who are none yet; what to announce, and what it means for what is remembered.
 
     The stream's row is locked by the caller. New members have read everything there was before them.
     """
     row = await tx.one("SELECT counted FROM streams WHERE sid=?", place.sid)
     counted = row[0] if row else 0
-    events: list[Notice] = []
+    published = await record_many(
+        tx,
+        app=app.app,
+        sid=place.sid,
+        stream=place.id,
+        cipher=place.cipher,
+        type=EventType.MEMBER_ADDED.value,
+        at=at,
+        by=by,
+        events=[(user, f"{mark}/{user}", MemberChanged(user=user, role=role)) for user, role in entrants],
+    )
+    events: list[Notice] = [*published]
     joined: list[Notice] = []
     heads: dict[str, tuple[str, int]] = {}
     rows = []
-    for user, role in entrants:
-        published = await record(
-            tx,
-            app=app.app,
-            sid=place.sid,
-            stream=place.id,
-            cipher=place.cipher,
-            type=EventType.MEMBER_ADDED.value,
-            at=at,
-            by=by,
-            ref=user,
-            item=f"{mark}/{user}",
-            data=MemberChanged(user=user, role=role),
-        )
-        head = published.seq - 1
+    for (user, role), event in zip(entrants, published, strict=True):
+        head = event.seq - 1
         heads[user] = (role, head)
         rows.append((app.app, place.sid, user, role, at, head, head, head, counted, at))
-        events.append(published)
         joined.append(Joined(app.app, user, place.sid, place.id, place.epoch, head))
     await tx.many(
         "INSERT INTO members(app,sid,user,role,joined_at,joined_seq,delivered,read,read_counted,moved_at)"
@@ -133,13 +130,14 @@ async def insert_members(
                 data=ChannelJoined(channel=place.id, role=role, epoch=place.epoch, head=head),
             )
         )
-    await tx.execute(
-        "UPDATE channels SET member_count=member_count+? WHERE sid=?",
-        len(entrants),
-        place.sid,
-    )
-    await log.touch_access(tx, place.sid)
-    return events + joined
+    moved = await _members_moved(tx, place.sid, len(entrants), [user for user, _ in entrants])
+    return moved, events + joined
+
+
+async def _members_moved(tx: Tx, sid: int, more: int, users: list[str]) -> MembersMoved:
+    """Count who came (or, below zero, went), and declare what was authorised out of date."""
+    row = await tx.one("UPDATE channels SET member_count=member_count+? WHERE sid=? RETURNING member_count", more, sid)
+    return MembersMoved(await log.touch_access(tx, sid), row[0] if row else 0, users)
 
 
 async def delete_member(
@@ -155,7 +153,8 @@ async def delete_member(
     mark: str,
     now: int | None = None,
 ) -> list[Notice]:
-    """End a membership; what to announce, `Left` first: the one who leaves hears nothing more of the channel.
+    """End a membership; what to announce, what is remembered about access first, then `Left`: the one who leaves hears
+    nothing more of the channel.
 
     `own`: their own stream, None if it is destroyed. `now`: the present, where `at` is an earlier moment. The stream's
     row is locked by the caller.
@@ -170,9 +169,11 @@ async def delete_member(
         app.app,
         user,
     )
-    await tx.execute("UPDATE channels SET member_count=member_count-1 WHERE sid=?", place.sid)
-    await log.touch_access(tx, place.sid)
-    notices: list[Notice] = [Left(app.app, user, place.sid, place.id)]
+    moved = await _members_moved(tx, place.sid, -1, [user])
+    notices: list[Notice] = [
+        AccessChanged(app.app, sid=place.sid, channel=place.id, moved=moved),
+        Left(app.app, user, place.sid, place.id),
+    ]
     notices.append(
         await record(
             tx,
@@ -260,6 +261,21 @@ _MEMBER = "m.user, m.role, m.joined_at, m.delivered, m.read"
 async def member_of(tx: Tx, app: int, sid: int, user: str) -> Row | None:
     """A membership's row, for `render_member`."""
     return await tx.one(f"SELECT {_MEMBER} FROM members m WHERE m.app=? AND m.sid=? AND m.user=?", app, sid, user)
+
+
+async def members_named(tx: Tx, app: int, sid: int, users: list[str]) -> dict[str, Row]:
+    """The memberships of those of the users who are members."""
+    found: dict[str, Row] = {}
+    for start in range(0, len(users), 200):
+        chunk = users[start : start + 200]
+        rows = await tx.all(
+            f"SELECT {_MEMBER} FROM members m WHERE m.app=? AND m.sid=? AND m.user IN ({log.placeholders(chunk)})",
+            app,
+            sid,
+            *chunk,
+        )
+        found.update((row[0], row) for row in rows)
+    return found
 
 
 async def members_of(tx: Tx, app: int, sid: int, *, role: str | None = None, after: str = "", limit: int) -> list[Row]:

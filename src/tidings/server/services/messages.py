@@ -236,7 +236,7 @@ class Messages:
             try:
                 return await future
             except Stale:
-                self._access.forget_channel(actor.app.app, channel_id)
+                self._access.forget_overtaken(actor.app.app, channel_id, access.channel.access_version)
         raise StoreUnavailable("the channel's members change too fast")
 
     async def _first_result(self, actor: Actor, channel_id: str, draft: Draft, key: str) -> Appended | None:

@@ -383,7 +383,8 @@ class Sync:
         try:
             return await self._store.read(unit)
         except Stale:
-            self._access.forget_channel(handle.app, handle.name)
+            if handle.access_version is not None:
+                self._access.forget_overtaken(handle.app, handle.name, handle.access_version)
             raise
 
     async def events(self, actor: Actor, name: str, after: int, epoch: str | None, limit: int) -> EventPage:

@@ -553,7 +553,6 @@ class Users:
             notices += await delete_member(
                 tx, app, place, user, None, "deleted", at=job.at, by=job.by, mark=job.mark, now=now
             )
-            notices.append(AccessChanged(app.app, sid=sid, channel=channel))
         return notices
 
     async def _redact_all(self, app: AppContext, user: str, job: _Deletion) -> None:
