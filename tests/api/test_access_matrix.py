@@ -131,6 +131,7 @@ ROWS: dict[str, Row] = {
     "receipts.read": channel(INSIDE, wrong=BACKEND, body={"seq": 1}),
     "receipts.mark_unread": channel(INSIDE, wrong=BACKEND, body={"seq": 1}),
     "receipts.list": channel(INSIDE | ADMIN),
+    "receipts.of_message": channel(INSIDE | ADMIN),
     "receipts.unread": app(EVERY_USER, (422, 200), wrong=frozenset(KEYS)),
     "sync.heads": app(EVERY_USER, (422, 200), wrong=frozenset(KEYS)),
     "sync.channel_events": channel(INSIDE | BACKEND),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import msgspec
@@ -9,8 +10,11 @@ import pytest
 
 from tidings.server.bus.base import Signal
 from tidings.server.domain.permissions import Permission
-from tidings.server.errors import Refusal
-from tidings.server.services.receipts import Receipts
+from tidings.server.errors import NotFound, Refusal
+from tidings.server.services import receipts as module
+from tidings.server.services.access import ChannelView
+from tidings.server.services.receipts import COUNTED_SECONDS, Receipts, Standing
+from tidings.server.store.base import Appended, Tx
 from tidings.wire.requests import MembersAdd
 from tidings.wire.resources import ChannelFeatures, ChannelType
 
@@ -98,6 +102,67 @@ async def test_who_may_not_send_receipts_has_a_device_position_only(world: World
     assert told(world) == []
     assert await world.rows("SELECT delivered FROM members WHERE user='bob'") == before
     assert await world.rows("SELECT device, seq FROM device_positions") == [("phone", sent.seq)]
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+async def test_a_message_knows_how_many_others_it_has_reached(
+    world: World, receipts: Receipts, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    if large:
+        monkeypatch.setattr("tidings.server.services.receipts.RECEIPTS_MEMBERS_MAX", 1)
+    people = {name: await world.user(name) for name in ("alice", "bob", "carol", "dave", "late")}
+    alice = people["alice"]
+    await world.channel("alice", "bob", "carol", "dave", id="c1")
+    first, second = await world.send(alice, "c1"), await world.send(alice, "c1")
+    sid = await sid_of(world, "c1")
+
+    async def counts(message: Appended) -> tuple[int, int, int]:
+        world.clock.advance(COUNTED_SECONDS)
+        found = await receipts.of_message(alice, "c1", message.message_id)
+        return found.members, found.delivered, found.read
+
+    assert await counts(first) == (3, 0, 0)
+    receipts.acknowledge(app=1, user="bob", device="phone", sid=sid, channel="c1", seq=second.seq)
+    await receipts.flush()
+    await receipts.read(people["carol"], "c1", first.seq)
+    assert (await counts(first), await counts(second)) == ((3, 2, 1), (3, 1, 0))
+    # Who joins has everything from before: that says nothing of whether they have seen it.
+    await world.members.add(world.backend, "c1", MembersAdd(users=["late"]))
+    third = await world.send(people["bob"], "c1")
+    await receipts.read(people["late"], "c1", third.seq)
+    assert (await counts(first), await counts(third)) == ((3, 2, 2), (4, 1, 1))
+    # Who has left is counted no more, be it the sender.
+    await world.members.remove(world.backend, "c1", "bob")
+    assert (await counts(first), await counts(third)) == ((2, 1, 1), (4, 1, 1))
+
+
+async def test_in_a_large_channel_asking_often_looks_through_it_once(
+    world: World, receipts: Receipts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tidings.server.services.receipts.RECEIPTS_MEMBERS_MAX", 1)
+    alice, bob = await world.user("alice"), await world.user("bob")
+    await world.channel("alice", "bob", id="c1")
+    first = await world.send(alice, "c1")
+    looked: list[int] = []
+
+    async def standing(tx: Tx, channel: ChannelView, now: int) -> Standing:
+        looked.append(now)
+        return await real(tx, channel, now)
+
+    real = module._standing
+    monkeypatch.setattr(module, "_standing", standing)
+    found = await asyncio.gather(*(receipts.of_message(alice, "c1", first.message_id) for _ in range(9)))
+    assert len(looked) == 1
+    await receipts.read(bob, "c1", first.seq)
+    later = await world.send(alice, "c1")
+    # As of before: nobody has it yet, and nobody fewer than that.
+    assert await receipts.of_message(alice, "c1", first.message_id) == found[0]
+    again = await receipts.of_message(alice, "c1", later.message_id)
+    assert (again.members, again.delivered, again.read, again.as_of) == (1, 0, 0, found[0].as_of)
+    world.clock.advance(COUNTED_SECONDS)
+    assert (await receipts.of_message(alice, "c1", first.message_id)).read == 1
+    with pytest.raises(NotFound):
+        await receipts.of_message(alice, "c1", "m_none")
 
 
 async def test_in_a_large_channel_positions_are_not_told_as_they_move(

@@ -193,6 +193,7 @@ class SyncReceipts(Blocking[rest_module.ReceiptsRest]):
     read = _wait(rest_module.ReceiptsRest.read)
     mark_unread = _wait(rest_module.ReceiptsRest.mark_unread)
     all = _iterate(rest_module.ReceiptsRest.all)
+    of_message = _wait(rest_module.ReceiptsRest.of_message)
     unread = _wait(rest_module.ReceiptsRest.unread)
 
 

@@ -43,6 +43,7 @@ from ..wire.resources import (
     Message,
     MessageVersion,
     Receipt,
+    ReceiptCounts,
     Relation,
     Role,
     SigningKeyInfo,
@@ -768,6 +769,10 @@ class ReceiptsRest(_Noun):
     def all(self, channel: str) -> AsyncIterator[Receipt]:
         """How far each member is: delivered and read."""
         return self._rest._list(Receipt, _path("channels", channel, "receipts"))
+
+    async def of_message(self, channel: str, id: str) -> ReceiptCounts:
+        """How many of the other members a message has reached, and how many have read it."""
+        return await self._rest._get(ReceiptCounts, _path("channels", channel, "messages", id, "receipts"))
 
     async def unread(self) -> UnreadTotal:
         """The user's unread messages and mentions in all, and every channel that has any (all pages of them)."""

@@ -44,6 +44,9 @@ PRESENCE_WATCH_MAX = 500
 # Longest wait of a long poll, seconds: below the 30 s after which common proxies cut idle requests.
 POLL_WAIT_MAX = 25
 DEVICES_PER_USER_MAX = 32
+# Beyond this many members a channel's receipts and typing are not told one by one: at one read each per message they
+# would be the square of the membership. Positions are kept all the same, and counted (`GET …/receipts`).
+RECEIPTS_MEMBERS_MAX = 1_000
 # A direct conversation has two people; a group made in one request has at most this many.
 MEMBERS_AT_CREATION_MAX = 100
 EDITS_PER_MESSAGE_MAX = 100

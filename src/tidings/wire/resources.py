@@ -197,6 +197,16 @@ class Receipt(Resource, frozen=True, kw_only=True):
     read: int = 0
 
 
+class ReceiptCounts(Resource, frozen=True, kw_only=True):
+    """How many of those who were members when a message was sent it has reached, its sender left out."""
+
+    members: int
+    delivered: int
+    read: int
+    # The moment that they were counted at: in large channels a few seconds ago.
+    as_of: Time
+
+
 class Unread(Resource, frozen=True, kw_only=True):
     channel: ChannelId
     unread: int

@@ -19,7 +19,6 @@ from tidings.server.services import Services
 from tidings.server.services.access import Actor
 from tidings.server.services.apps import AppContext
 from tidings.server.services.messages import Edit
-from tidings.server.services.receipts import RECEIPTS_MEMBERS_MAX
 from tidings.server.services.sync import OWN_STREAM, StreamHandle, check_position, make_mark, read_mark
 from tidings.server.services.users import SEEN_BATCH
 from tidings.server.store.base import Stale
@@ -778,7 +777,7 @@ class Gateway:
         access = await self.access.channel(actor, command.channel, Permission.TYPING_SEND)
         if not access.channel.type.definition.features.typing:
             raise Refusal("feature_off", "Typing is switched off in this type of channel.")
-        if access.channel.member_count > RECEIPTS_MEMBERS_MAX:
+        if access.channel.member_count > limits.RECEIPTS_MEMBERS_MAX:
             # Told one by one it would cost the square of the membership, and nobody reads a hundred names.
             return
         sid, now = access.channel.sid, self.clock.monotonic()

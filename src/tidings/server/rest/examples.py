@@ -64,6 +64,7 @@ _EXAMPLES: Final[tuple[Any, ...]] = (
     resources.IdentityProvider(
         id="idp_1", jwks_url="https://id.example.com/.well-known/jwks.json", algorithms=["RS256"], created_at=_AT
     ),
+    resources.ReceiptCounts(members=240, delivered=231, read=187, as_of=_AT),
     resources.Role(scope="channel", name="nurse", grants=["channel.read", "message.send"]),
     resources.Relation(kind="panel", user="dr-lee", other="alice"),
     resources.ChannelType(name="consultation", features=resources.ChannelFeatures(reactions=False), members_max=12),

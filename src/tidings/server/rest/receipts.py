@@ -6,7 +6,7 @@ from typing import Final
 
 from tidings.wire.replies import Page
 from tidings.wire.requests import ReadMark
-from tidings.wire.resources import Receipt, Unread, UnreadTotal
+from tidings.wire.resources import Receipt, ReceiptCounts, Unread, UnreadTotal
 
 from .operation import Call, Paging, operation
 
@@ -60,6 +60,20 @@ async def find(call: Call[Paging, None]) -> Page[Receipt]:
 
 
 @operation(
+    "receipts.of_message",
+    "GET",
+    _CHANNEL + "/messages/{message}/receipts",
+    "Count a message's receipts",
+    reply=ReceiptCounts,
+    problems=("feature_off",),
+)
+async def of_message(call: Call[None, None]) -> ReceiptCounts:
+    """How many of the other members it has reached, and how many have read it. Who joined later is not counted. In
+    channels with more than 1,000 members the counts may be ten seconds old: `as_of` says when they were taken."""
+    return await call.services.receipts.of_message(call.actor, call.path["channel"], call.path["message"])
+
+
+@operation(
     "receipts.unread",
     "GET",
     "/v1/unread",
@@ -72,4 +86,4 @@ async def unread(call: Call[Paging, None]) -> UnreadTotal:
     return await call.services.receipts.unread_total(call.actor, limit=call.query.limit, cursor=call.query.cursor)
 
 
-OPERATIONS: Final = (read, mark_unread, find, unread)
+OPERATIONS: Final = (read, mark_unread, find, of_message, unread)

@@ -8,7 +8,9 @@ tick.
 from __future__ import annotations
 
 import asyncio
-from itertools import islice
+from bisect import bisect_left
+from collections import OrderedDict
+from itertools import accumulate, islice
 from typing import Final
 
 from tidings.server.bus.base import Bus, Signal
@@ -20,9 +22,11 @@ from tidings.server.store.log import placeholders
 from tidings.server.telemetry import get_logger
 from tidings.wire.codec import encode
 from tidings.wire.commands import ReceiptsSignal, UnreadSignal
-from tidings.wire.resources import Receipt, Unread, UnreadTotal
+from tidings.wire.ids import time_of
+from tidings.wire.limits import RECEIPTS_MEMBERS_MAX
+from tidings.wire.resources import Receipt, ReceiptCounts, Unread, UnreadTotal
 
-from .access import Access, AccessService, Actor
+from .access import Access, AccessService, Actor, ChannelView
 from .apps import CompiledType
 from .counting import HIDDEN, MENTIONED, UNREAD, Counts, unread_of
 
@@ -37,14 +41,49 @@ UNIT_MAX: Final = 2_000
 # Rows looked up by one statement: texts that stay prepared.
 AT_ONCE: Final = 128
 _KEY: Final = "(CAST(? AS BIGINT),CAST(? AS BIGINT),CAST(? AS TEXT))"
-# Beyond this many members a channel's receipts are not told one by one: at one read each per message they would be
-# the square of the membership. Positions are kept all the same and read with `GET …/receipts`.
-RECEIPTS_MEMBERS_MAX: Final = 1_000
+# How long the positions of a large channel count after they were looked through, seconds: for 100,000 members that
+# takes a reader's thread some 0.1 s, which must not depend on how many ask.
+COUNTED_SECONDS: Final = 10.0
+# Large channels whose counts are kept: some 10 KB each, as members stand at few different positions.
+COUNTED_MAX: Final = 256
 
 
 def _are_told(type: CompiledType, member_count: int) -> bool:
     """Whether positions in such a channel are told to its members as they move."""
     return type.definition.features.receipts and member_count <= RECEIPTS_MEMBERS_MAX
+
+
+class Standing:
+    """How many members of a channel stand where, as of `at` (ms). Rows: position, members; from the least on."""
+
+    def __init__(self, at: int, joined: list[Row], delivered: list[Row], read: list[Row]) -> None:
+        self.at = at
+        self._joined, self._delivered, self._read = _Reached(joined), _Reached(delivered), _Reached(read)
+
+    def counts(self, seq: int, without: Row | None) -> tuple[int, int, int]:
+        """Of those who joined before `seq`: how many there are, have it, and have read it; but for one, whose own
+        (joined, delivered, read) are given. Who joined later begins beyond it with all three."""
+        later = self._joined.at_least(seq)
+        here = (
+            self._joined.at_least(0) - later,
+            self._delivered.at_least(seq) - later,
+            self._read.at_least(seq) - later,
+        )
+        if without is None or without[0] >= seq:
+            return here
+        return here[0] - 1, max(0, here[1] - (without[1] >= seq)), max(0, here[2] - (without[2] >= seq))
+
+
+class _Reached:
+    """Answers how many stand at a position or beyond it."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self._positions = [int(row[0]) for row in rows]
+        # How many stand at the n-th position or beyond, and 0 for nobody.
+        self._beyond = list(accumulate((int(row[1]) for row in reversed(rows)), initial=0))[::-1]
+
+    def at_least(self, position: int) -> int:
+        return self._beyond[bisect_left(self._positions, position)]
 
 
 class Receipts:
@@ -62,6 +101,9 @@ class Receipts:
         self._told: dict[int, dict[str, tuple[int, int]]] = {}
         self._names: dict[int, tuple[int, str]] = {}
         self._wake = asyncio.Event()
+        # sid -> positions of a large channel. One is looked through at a time.
+        self._counted: OrderedDict[int, Standing] = OrderedDict()
+        self._counting = asyncio.Lock()
 
     # ------------------------------------------------------------ delivered
 
@@ -335,6 +377,57 @@ class Receipts:
         found = await self._store.read(unit)
         return found[:limit], found[limit - 1].user if len(found) > limit else None
 
+    async def of_message(self, actor: Actor, channel_id: str, message_id: str) -> ReceiptCounts:
+        """How many members a message has reached, and how many have read it; its sender is not counted, nor who joined
+        later.
+
+        Exact in channels in which positions are told as they move; in larger ones as of `COUNTED_SECONDS` ago at most,
+        so that asking costs the same however many members there are. Raises NotFound, Refusal `feature_off`.
+        """
+
+        async def unit(
+            tx: Tx, access: Access, epoch: str, head: int
+        ) -> tuple[Access, int, Row | None, Standing | None]:
+            channel = access.channel
+            if not channel.type.definition.features.receipts:
+                raise Refusal("feature_off", "Receipts are switched off in this type of channel.", field="channel")
+            found = await tx.one(
+                "SELECT seq, sender FROM messages WHERE app=? AND id=? AND sid=?", channel.app, message_id, channel.sid
+            )
+            if found is None or found[0] <= access.floor:
+                raise NotFound("message", field="message")
+            sender = await tx.one(
+                "SELECT joined_seq, delivered, read FROM members m WHERE m.app=? AND m.sid=? AND m.user=?",
+                channel.app,
+                channel.sid,
+                found[1],
+            )
+            small = channel.member_count <= RECEIPTS_MEMBERS_MAX
+            return access, found[0], sender, await _standing(tx, channel, self._clock.now_ms()) if small else None
+
+        access, seq, sender, standing = await self._access.read(actor, channel_id, Permission.MEMBER_READ, unit)
+        if standing is None:
+            standing = await self._standing_of(access.channel)
+        members, delivered, read = standing.counts(seq, sender)
+        return ReceiptCounts(members=members, delivered=delivered, read=read, as_of=time_of(standing.at))
+
+    async def _standing_of(self, channel: ChannelView) -> Standing:
+        """The positions of a large channel, looked through now or a few seconds ago."""
+        async with self._counting:
+            known = self._counted.get(channel.sid)
+            now = self._clock.now_ms()
+            if known is not None and known.at <= now < known.at + COUNTED_SECONDS * 1000:
+                return known
+
+            async def unit(tx: Tx) -> Standing:
+                return await _standing(tx, channel, now)
+
+            found = self._counted[channel.sid] = await self._store.read(unit)
+            self._counted.move_to_end(channel.sid)
+            if len(self._counted) > COUNTED_MAX:
+                self._counted.popitem(last=False)
+            return found
+
     async def unread_total(self, actor: Actor, *, limit: int, cursor: str | None = None) -> UnreadTotal:
         """What is unread in channels that are not hidden, archived or muted: exact sums, and the channels by page."""
         if actor.user is None:
@@ -408,3 +501,16 @@ async def _channels_of(tx: Tx, sids: list[int]) -> dict[int, Row]:
         for sid, *rest in rows:
             found[sid] = tuple(rest)
     return found
+
+
+async def _standing(tx: Tx, channel: ChannelView, now: int) -> Standing:
+    found = [
+        await tx.all(
+            f"SELECT m.{column}, count(*) FROM members m WHERE m.app=? AND m.sid=? GROUP BY m.{column}"
+            f" ORDER BY m.{column}",
+            channel.app,
+            channel.sid,
+        )
+        for column in ("joined_seq", "delivered", "read")
+    ]
+    return Standing(now, *found)
