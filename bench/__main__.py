@@ -44,6 +44,7 @@ SCENARIOS = (
     Scenario("catchup", "100,000 missed messages in one channel", "catchup"),
     Scenario("quiet", "one missed message among 10 and 10,000 channels", "catchup", "run_quiet"),
     Scenario("history", "latest page and unread count at 10^3 and 10^6 messages", "history"),
+    Scenario("large", "a channel of 10^3 and one of 10^5 members", "large"),
     Scenario("bus", "two nodes on a bus, and a server that has one", "bus"),
     Scenario("workers", "durable sends over PostgreSQL and NATS, one worker and two", "cluster", "run_workers"),
     Scenario("cluster-fanout", "200 members on one node, and spread over two", "cluster", "run_fanout"),

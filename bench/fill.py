@@ -58,13 +58,13 @@ class Fill:
             ),
         )
 
-    async def groups(self, channels: dict[str, list[str]]) -> None:
-        """Group channels by id, with any number of members each."""
+    async def groups(self, channels: dict[str, list[str]], *, type: str = "group") -> None:
+        """Channels by id, with any number of members each."""
 
         async def one(item: tuple[str, list[str]]) -> None:
             channel, members = item
             await self._services.channels.create(
-                self._backend, ChannelCreate(id=channel, name="Ward 3b", members=members[:BULK_MAX])
+                self._backend, ChannelCreate(id=channel, type=type, name="Ward 3b", members=members[:BULK_MAX])
             )
             for start in range(BULK_MAX, len(members), BULK_MAX):
                 await self._services.members.add(

@@ -17,7 +17,7 @@ from tidings.server.store import log
 from tidings.server.store.base import Row, Store, Tx
 from tidings.wire import limits
 from tidings.wire.codec import encode
-from tidings.wire.events import ChannelDeleted, ChannelSettings, EventType
+from tidings.wire.events import ChannelDeleted, ChannelLeft, ChannelSettings, EventType
 from tidings.wire.ids import ms_of, time_of
 from tidings.wire.requests import ChannelCreate, ChannelUpdate, MembershipUpdate
 from tidings.wire.resources import Channel, Membership, Message
@@ -34,12 +34,11 @@ from .membership import (
     check_users,
     insert_members,
     members_of,
-    record_left,
     render_member,
 )
 from .messages import check_custom, last_message
 from .paging import make_cursor, read_cursor
-from .streams import SidTaken, insert_new, new_stream, record_own, shred, user_streams, with_keys
+from .streams import SidTaken, insert_new, new_stream, record_each, record_own, shred, user_streams, with_keys
 from .users import write_labels
 
 P = Permission
@@ -808,10 +807,18 @@ class Channels:
         await tx.many(
             "DELETE FROM members WHERE app=? AND sid=? AND members.user=?", [(app.app, sid, user) for user in users]
         )
-        told = [
-            await record_left(tx, app, own, channel_id, "deleted", at=job.at, by=job.by, mark=job.mark, now=now)
-            for own in await user_streams(tx, self._keyring, app, users)
-        ]
+        told = await record_each(
+            tx,
+            app,
+            await user_streams(tx, self._keyring, app, users),
+            type=EventType.CHANNEL_LEFT,
+            at=job.at,
+            by=job.by,
+            ref=channel_id,
+            mark=job.mark,
+            data=lambda _: ChannelLeft(channel=channel_id, reason="deleted"),
+            now=now,
+        )
         return told, len(users) == RELEASE_BATCH
 
     # ------------------------------------------------------------ parts

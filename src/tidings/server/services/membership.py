@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tidings.server.bus.base import AccessChanged, Joined, Left, MembersMoved, Notice, Published
+from tidings.server.bus.base import AccessChanged, Joined, Left, MembersMoved, Notice
 from tidings.server.crypto.keyring import Keyring, StreamCipher
 from tidings.server.domain.permissions import Grants, Permission, bit
 from tidings.server.errors import NotFound, Refusal
@@ -21,7 +21,7 @@ from tidings.wire.resources import Member
 from .access import Access
 from .apps import AppContext, CompiledType
 from .change import record, record_many
-from .streams import UserStream, record_own, user_streams
+from .streams import UserStream, record_each, record_own, user_streams
 
 
 @dataclass(slots=True, frozen=True)
@@ -115,21 +115,22 @@ async def insert_members(
         " VALUES (?,?,?,?,?,?,?,?,?,?)",
         rows,
     )
-    for stream in await user_streams(tx, keyring, app, heads):
+
+    def told(stream: UserStream) -> ChannelJoined:
         role, head = heads[stream.user]
-        events.append(
-            await record_own(
-                tx,
-                app,
-                stream,
-                type=EventType.CHANNEL_JOINED,
-                at=at,
-                by=by,
-                ref=place.id,
-                mark=mark,
-                data=ChannelJoined(channel=place.id, role=role, epoch=place.epoch, head=head),
-            )
-        )
+        return ChannelJoined(channel=place.id, role=role, epoch=place.epoch, head=head)
+
+    events += await record_each(
+        tx,
+        app,
+        await user_streams(tx, keyring, app, heads),
+        type=EventType.CHANNEL_JOINED,
+        at=at,
+        by=by,
+        ref=place.id,
+        mark=mark,
+        data=told,
+    )
     moved = await _members_moved(tx, place.sid, len(entrants), [user for user, _ in entrants])
     return moved, events + joined
 
@@ -191,35 +192,21 @@ async def delete_member(
         )
     )
     if own is not None:
-        notices.append(await record_left(tx, app, own, place.id, reason, at=at, by=by, mark=mark, now=now))
+        notices.append(
+            await record_own(
+                tx,
+                app,
+                own,
+                type=EventType.CHANNEL_LEFT,
+                at=at,
+                by=by,
+                ref=place.id,
+                mark=mark,
+                data=ChannelLeft(channel=place.id, reason=reason),
+                now=now,
+            )
+        )
     return notices
-
-
-async def record_left(
-    tx: Tx,
-    app: AppContext,
-    own: UserStream,
-    channel: str,
-    reason: Literal["left", "removed", "deleted"],
-    *,
-    at: int,
-    by: str | None,
-    mark: str,
-    now: int | None = None,
-) -> Published:
-    """Tell a user's own stream that a channel is theirs no more."""
-    return await record_own(
-        tx,
-        app,
-        own,
-        type=EventType.CHANNEL_LEFT,
-        at=at,
-        by=by,
-        ref=channel,
-        mark=mark,
-        data=ChannelLeft(channel=channel, reason=reason),
-        now=now,
-    )
 
 
 async def check_not_last_owner(tx: Tx, access: Access, user: str, role: str) -> None:

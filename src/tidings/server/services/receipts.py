@@ -42,7 +42,7 @@ UNIT_MAX: Final = 2_000
 AT_ONCE: Final = 128
 _KEY: Final = "(CAST(? AS BIGINT),CAST(? AS BIGINT),CAST(? AS TEXT))"
 # How long the positions of a large channel count after they were looked through, seconds: for 100,000 members that
-# takes a reader's thread some 0.1 s, which must not depend on how many ask.
+# takes a reader's thread a third of a second, which must not depend on how many ask.
 COUNTED_SECONDS: Final = 10.0
 # Large channels whose counts are kept: some 10 KB each, as members stand at few different positions.
 COUNTED_MAX: Final = 256

@@ -13,10 +13,12 @@ from tidings.server.crypto.base import AppKeyNotLoaded
 from tidings.server.crypto.keyring import Keyring, StreamCipher, WrappedStreamKey
 from tidings.server.store import log
 from tidings.server.store.base import Tx, new_sid
+from tidings.wire.codec import encode
 from tidings.wire.events import EventType
 
 from .apps import AppContext, Apps
 from .change import record
+from .rendering import render_event
 
 T = TypeVar("T")
 
@@ -137,6 +139,39 @@ async def record_own(
         data=data,
         now=now,
     )
+
+
+async def record_each(
+    tx: Tx,
+    app: AppContext,
+    streams: list[UserStream],
+    *,
+    type: EventType,
+    at: int,
+    by: str | None,
+    ref: str,
+    mark: str,
+    data: Callable[[UserStream], Any],
+    now: int | None = None,
+) -> list[Published]:
+    """As `record_own`, for the own streams of many users, in the order given."""
+    encoded = {stream.sid: encode(data(stream)) for stream in streams}
+    item = mark.encode()
+    seqs = await log.append_to_each(
+        tx,
+        app=app.app,
+        type=type.value,
+        at=at,
+        now=at if now is None else now,
+        by=by,
+        ref=ref,
+        item=mark,
+        sealed={stream.sid: stream.cipher.seal(encoded[stream.sid], item) for stream in streams},
+    )
+    return [
+        Published(sid, seqs[sid], render_event(type.value, OWN_STREAM, seqs[sid], at, by, body))
+        for sid, body in encoded.items()
+    ]
 
 
 async def with_keys(

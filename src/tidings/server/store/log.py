@@ -9,6 +9,9 @@ from typing import Any, Final
 
 from .base import BACKEND, Row, Tx
 
+# Streams that one statement appends to.
+STREAMS_AT_ONCE: Final = 200
+
 MESSAGE_CREATED: Final = "message.created"
 
 _by_seq = attrgetter("seq")
@@ -183,6 +186,52 @@ async def append_events(
         [(app, sid, seq, type) for seq in range(first, first + len(events))],
     )
     return first
+
+
+async def append_to_each(
+    tx: Tx,
+    *,
+    app: int,
+    type: str,
+    at: int,
+    now: int,
+    by: str | None,
+    ref: str | None,
+    item: str,
+    sealed: dict[int, bytes],
+) -> dict[int, int]:
+    """Append one event to each of many streams (sid → sealed); the seqs by sid. `at`, `now`: see `append_event`.
+
+    The rows are locked in the order of the streams' names, as by whoever appends to them one after the other.
+    """
+    seqs: dict[int, int] = {}
+    sids = list(sealed)
+    for start in range(0, len(sids), STREAMS_AT_ONCE):
+        chunk = sids[start : start + STREAMS_AT_ONCE]
+        some = placeholders(chunk)
+        if tx.for_update:
+            await tx.all(f"SELECT sid FROM streams WHERE sid IN ({some}) ORDER BY ref{tx.for_update}", *chunk)
+        rows = await tx.all(
+            "UPDATE streams SET head=head+1, moved_at=CASE WHEN moved_at<? THEN ? ELSE moved_at END"
+            f" WHERE app=? AND sid IN ({some}) RETURNING sid, head",
+            now,
+            now,
+            app,
+            *chunk,
+        )
+        seqs.update((sid, head) for sid, head in rows)
+    if len(seqs) != len(sids):
+        raise LookupError("a stream is gone")
+    for sid, seq in seqs.items():
+        tx.took(sid, seq)
+    await tx.many(
+        "INSERT INTO events(app,sid,seq,type,at,by,ref,item,sealed) VALUES (?,?,?,?,?,?,?,?,?)",
+        [(app, sid, seqs[sid], type, at, by, ref, item, box) for sid, box in sealed.items()],
+    )
+    await tx.many(
+        "INSERT INTO outbox(app,sid,seq,type) VALUES (?,?,?,?)", [(app, sid, seqs[sid], type) for sid in sids]
+    )
+    return seqs
 
 
 async def touch_access(tx: Tx, sid: int) -> int:
