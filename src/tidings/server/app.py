@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import uvicorn
 
-from tidings.server.bus.base import AccessChanged, Bus, Lost, Notice, Revoked
+from tidings.server.bus.base import AccessChanged, Bus, Left, Lost, Notice, Revoked
 from tidings.server.bus.local import LocalBus
 from tidings.server.clock import Clock, Ids, SystemClock
 from tidings.server.config import Config, is_loopback
