@@ -37,7 +37,7 @@ _numbers = itertools.count()
 class Line(Connection):
     """The server's end of a line."""
 
-    __slots__ = ("_number", "carried", "client", "cut_off", "free_at", "stalled")
+    __slots__ = ("_number", "carried", "client", "cut_off", "free_at", "said_at", "stalled")
 
     framed = False
 
@@ -49,6 +49,7 @@ class Line(Connection):
         self.stalled: deque[bytes] | None = None
         self.carried = 0
         self.free_at = 0.0
+        self.said_at = 0.0
 
     # Sets of connections are walked in the same order in every run.
     def __hash__(self) -> int:
@@ -95,8 +96,9 @@ class Line(Connection):
 
     def say(self, frame: Frame) -> None:
         """The device says something."""
-        loop = self.client.world.loop
-        loop.call_later(self.client.world.rng.random() * LINE_SECONDS_MAX / 8, self._said, encode(frame))
+        world = self.client.world
+        self.said_at = max(self.said_at + 1e-9, world.loop.time() + world.rng.random() * LINE_SECONDS_MAX)
+        world.loop.call_at(self.said_at, self._said, encode(frame))
 
     def _said(self, data: bytes) -> None:
         if not self.cut_off and not self.ended:
@@ -323,11 +325,13 @@ class SimClient:
         stream, seq = frame["stream"], frame["seq"]
         live = self._live.get(stream)
         if live is not None:
-            gone = self.world.removals(self.user, stream) if seq > live + 1 else []
-            # Who was removed and has joined again may not have heard of either yet.
-            if seq != live + 1 and not any(live < place < seq for place in gone):
+            if seq <= live:
+                # At least once on the wire: a removal that another node told late is taken back by reading it again.
+                self.world.counts["repeated"] += 1
+            elif seq > live + 1 and not any(live < gone < seq for gone in self.world.removals(self.user, stream)):
+                # Who was removed and has joined again may not have heard of either yet.
                 self.world.wrong(f"{self.device}: {stream} went from {live} to {seq} while it was live")
-            self._live[stream] = seq
+            self._live[stream] = max(seq, live)
         if stream not in self.pos:
             self._begin(stream, seq - 1, None)
         position, epoch = self.pos[stream]
