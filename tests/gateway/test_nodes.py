@@ -138,6 +138,67 @@ async def test_members_on_all_nodes_hear_the_same_events_as_the_same_bytes(nodes
     assert created[0] == created[1] == created[2]
 
 
+@pytest.mark.parametrize("order", [(3, 1, 2), (2, 3, 1), (1, 3, 2), (3, 2, 1, 3)])
+async def test_events_that_overtook_one_another_on_their_way_are_shown_in_order_without_a_read(
+    nodes: Cluster, a: Node, b: Node, monkeypatch: pytest.MonkeyPatch, order: tuple[int, ...]
+) -> None:
+    bob = await b.connect("bob")
+    await nodes.settle()
+    start = await a.head("c")
+    came = await kept_back(a, b, monkeypatch)
+    for number in order:
+        b.gateway.hub.notice(came[start + number])
+    await bob.got("c", start + 3)
+    assert bob.events("c") == [start + 1, start + 2, start + 3]
+    assert b.core.metrics.catch_up_events.value == 0
+
+
+async def test_what_others_overtook_and_does_not_come_is_read_from_the_log(
+    nodes: Cluster, a: Node, b: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bob = await b.connect("bob")
+    await nodes.settle()
+    start = await a.head("c")
+    came = await kept_back(a, b, monkeypatch)
+    b.gateway.hub.notice(came[start + 3])
+    await bob.got("c", start + 3)
+    # It comes after all: nobody hears it again.
+    b.gateway.hub.notice(came[start + 1])
+    await bob.quiet()
+    assert bob.events("c") == [start + 1, start + 2, start + 3]
+
+
+async def test_an_event_that_came_too_early_is_not_shown_to_who_was_removed_before_it(
+    nodes: Cluster, a: Node, b: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S2: the event before it is the removal itself, whose notice comes with it."""
+    bob = await b.connect("bob")
+    await nodes.settle()
+    deaf(b, monkeypatch)
+    told: list[Notice] = []
+    a.core.bus.listen(told.append)
+    await a.remove("c", "bob")
+    await a.send("c", "secret")
+    secret = next(notice for notice in told if type(notice) is Published and b"secret" in notice.payload)
+    b.gateway.hub.notice(secret)
+    for notice in told[: told.index(secret)]:
+        b.gateway.hub.notice(notice)
+    await bob.until(lambda: bob.of("channel.left"))
+    await bob.quiet()
+    assert not [payload for payload in bob.payloads if b"secret" in payload]
+
+
+async def kept_back(a: Node, b: Node, monkeypatch: pytest.MonkeyPatch) -> dict[int, Published]:
+    """Three messages to `c`, of which node b has not heard: what would have told it."""
+    deaf(b, monkeypatch, lambda notice: type(notice) is Published)
+    told: list[Notice] = []
+    a.core.bus.listen(told.append)
+    for _ in range(3):
+        await a.send("c")
+    sid = await a.sid("c")
+    return {notice.seq: notice for notice in told if type(notice) is Published and notice.sid == sid}
+
+
 async def test_a_node_with_nobody_in_a_channel_hears_nothing_of_it(nodes: Cluster, a: Node, b: Node) -> None:
     heard: list[Notice] = []
     b.core.bus.listen(heard.append)

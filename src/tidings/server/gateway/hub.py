@@ -33,6 +33,12 @@ KEPT_SECONDS: Final = 600.0
 # Streams kept for users without a peer, counted for each of them: 300 to 900 bytes each, 90 MB if nobody shares any.
 KEPT_STREAMS_MAX: Final = 100_000
 
+# How long an event that overtook another node's is kept for that one to come, seconds: announcements of two nodes that
+# write to one stream cross all the time, by milliseconds. To read the log for each would be a read per message.
+EARLY_SECONDS: Final = 0.1
+# Of them in one stream. More at once is no crossing but a loss, and the log is cheaper.
+EARLY_MAX: Final = 64
+
 # A user: the app's number and the user's id.
 Key: TypeAlias = tuple[int, str]
 # A stream that a user may listen to, as a snapshot saw it: sid, name, epoch, head.
@@ -158,9 +164,10 @@ class Peer:
 
 
 class Stream:
-    """A stream that someone on this node listens to. `head` is the last seq that went through here."""
+    """A stream that someone on this node listens to. `head` is the last seq that went through here, `early` what came
+    before its turn."""
 
-    __slots__ = ("app", "epoch", "head", "name", "peers", "sid", "subscribers", "turn")
+    __slots__ = ("app", "early", "epoch", "head", "name", "peers", "sid", "subscribers", "turn")
 
     def __init__(self, sid: int, app: int, name: str, epoch: str, head: int) -> None:
         self.sid = sid
@@ -168,6 +175,7 @@ class Stream:
         self.name = name
         self.epoch = epoch
         self.head = head
+        self.early: dict[int, Published] | None = None
         self.subscribers: dict[Subscriber, None] = {}
         # The peers of the subscribers, as they were in this turn of the hub: see `Hub.peers`.
         self.peers: list[Peer] = []
@@ -520,8 +528,15 @@ class Hub:
             return
         if seq != stream.head + 1:
             if seq > stream.head:
-                self._put_behind(stream, seq)
+                self._overtook(stream, notice)
             return
+        self._deliver(stream, notice)
+        while stream.early and (following := stream.early.pop(stream.head + 1, None)) is not None:
+            self._deliver(stream, following)
+
+    def _deliver(self, stream: Stream, notice: Published) -> None:
+        """Write the stream's next event to all who are live on it."""
+        sid, seq = stream.sid, notice.seq
         stream.head = seq
         peers = stream.peers if stream.turn == self._turn else self.peers(stream)
         entry = (notice.payload, frame(notice.payload))
@@ -543,10 +558,31 @@ class Hub:
             delivered += 1
         self.deliveries += delivered
 
+    def _overtook(self, stream: Stream, notice: Published) -> None:
+        """An event came before its predecessor. Between nodes that one is mostly under way."""
+        early = stream.early
+        if self._interest is None or (early is not None and len(early) >= EARLY_MAX):
+            self._put_behind(stream, notice.seq)
+            return
+        if not early:
+            early = stream.early = {}
+            self._loop.call_later(EARLY_SECONDS, self._give_up, stream, early, stream.head)
+        early[notice.seq] = notice
+
+    def _give_up(self, stream: Stream, early: dict[int, Published], head: int) -> None:
+        """What was waited for has not come in its time, or something has and more is missing."""
+        if stream.early is not early or not early or self.streams.get(stream.sid) is not stream:
+            return
+        if stream.head > head:
+            self._loop.call_later(EARLY_SECONDS, self._give_up, stream, early, stream.head)
+        else:
+            self._put_behind(stream, max(early))
+
     def _put_behind(self, stream: Stream, head: int) -> None:
         """Something before `head` did not come through here: everyone live reads on from where they were."""
         last = stream.head
-        stream.head = head
+        stream.head = max(head, *stream.early) if stream.early else head
+        stream.early = None
         for peer in self.peers(stream):
             if stream.sid not in peer.behind:
                 peer.behind[stream.sid] = last
