@@ -373,7 +373,10 @@ class SimClient:
                 self.world.wrong(f"{self.device}: {stream} is synced at {frame['seq']}, and {seq} was had of it")
             self._live[stream] = frame["seq"]
         if stream == "@me":
-            self._live |= {name: seq for name, seq in self._positions() if name not in self._gaps}
+            # What only an event told of, and the server never confirmed, may be the end of a membership.
+            self._live |= {
+                name: seq for name, (seq, epoch) in self.pos.items() if epoch is not None and name not in self._gaps
+            }
             later, self._later = self._later, []
             for waiting in later:
                 if waiting in self.pos:

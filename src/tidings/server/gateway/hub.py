@@ -531,6 +531,10 @@ class Hub:
                 self._overtook(stream, notice)
             return
         self._deliver(stream, notice)
+        if stream.early:
+            self._deliver_early(stream)
+
+    def _deliver_early(self, stream: Stream) -> None:
         while stream.early and (following := stream.early.pop(stream.head + 1, None)) is not None:
             self._deliver(stream, following)
 
@@ -571,7 +575,10 @@ class Hub:
 
     def _give_up(self, stream: Stream, early: dict[int, Published], head: int) -> None:
         """What was waited for has not come in its time, or something has and more is missing."""
-        if stream.early is not early or not early or self.streams.get(stream.sid) is not stream:
+        if stream.early is not early or self.streams.get(stream.sid) is not stream:
+            return
+        self._deliver_early(stream)
+        if not early:
             return
         if stream.head > head:
             self._loop.call_later(EARLY_SECONDS, self._give_up, stream, early, stream.head)
@@ -581,8 +588,10 @@ class Hub:
     def _put_behind(self, stream: Stream, head: int) -> None:
         """Something before `head` did not come through here: everyone live reads on from where they were."""
         last = stream.head
-        stream.head = max(head, *stream.early) if stream.early else head
-        stream.early = None
+        # Not beyond: whoever is just joining has what was before `head`, and nothing of what came early.
+        stream.head = head
+        for seq in [seq for seq in stream.early or () if seq <= head]:
+            del stream.early[seq]  # type: ignore[union-attr]
         for peer in self.peers(stream):
             if stream.sid not in peer.behind:
                 peer.behind[stream.sid] = last
