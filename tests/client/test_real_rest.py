@@ -171,6 +171,8 @@ async def the_messages(rest: Any, ann: Any, ben: Any) -> None:
     assert (await ben.receipts.read("ward", second.seq)).unread == 0
     assert (await ben.receipts.mark_unread("ward", second.seq)).unread == 1
     assert {one.user: one.read for one in await all_of(ann.receipts.all("ward"))}["ben"] == second.seq
+    counted = await ann.receipts.of_message("ward", second.id)
+    assert 1 <= counted.read <= counted.delivered <= counted.members
 
     assert (await ann.messages.edit("ward", sent.id, "Good evening")).edits == 1
     assert [one.text for one in await all_of(ann.messages.versions("ward", sent.id))] == [

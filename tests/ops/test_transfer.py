@@ -114,7 +114,11 @@ async def _read(rest: Any, address: str) -> Any:
 def _lasting(value: Any) -> Any:
     """Without what the moment of reading decides."""
     if isinstance(value, dict):
-        return {name: _lasting(part) for name, part in value.items() if name not in ("mark", "last_used_at", "uptime")}
+        return {
+            name: _lasting(part)
+            for name, part in value.items()
+            if name not in ("as_of", "mark", "last_used_at", "uptime")
+        }
     return [_lasting(part) for part in value] if isinstance(value, list) else value
 
 
