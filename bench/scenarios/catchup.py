@@ -152,7 +152,8 @@ async def drive_first(link: Link, port: int, token: str) -> None:
 
 
 async def drive_mark(link: Link, port: int, token: str) -> None:
-    """Find a mark since which nothing has moved. Marks have a margin of seconds: what moved within it is told again."""
+    """Find a mark since which nothing has moved. Marks have a margin of seconds: what moved within it is told again,
+    and the mark stays until the device says that it has it. This one asks for a new mark instead."""
     mark = None
     while True:
         one = await connect(port, token, **({} if mark is None else {"since": mark}))
@@ -160,7 +161,7 @@ async def drive_mark(link: Link, port: int, token: str) -> None:
         one.transport.disconnect()
         if mark is not None and not connected.get("moved"):
             break
-        mark = connected["mark"]
+        mark = connected["mark"] if mark is None else None
         await asyncio.sleep(0.2)
     link.send(mark)
     await link.receive()
