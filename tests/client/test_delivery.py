@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tidings.client import following
+from tidings.client import Client, ReceiptsSignal, following
 from tidings.client.connection import State
 from tidings.client.errors import ConnectionRefused
 from tidings.client.events import ChannelJoined, ChannelLeft, HistoryReset, MessageCreated, UnknownEvent
 from tidings.client.streams import Streams
+from tidings.wire.resources import Receipt
 
 from .conftest import client, take, until
 from .fake import FakeServer
@@ -470,3 +472,13 @@ def test_the_positions_rule() -> None:
     assert [stream.judge(seq) for seq in (4, 5, 6, 7)] == ["duplicate", "duplicate", "apply", "gap"]
     stream.asked = True
     assert [stream.judge(seq) for seq in (5, 6, 9)] == ["duplicate", "apply", "ignore"]
+
+
+async def test_positions_of_members_only_move_forward_whichever_server_tells_of_them() -> None:
+    device = Client("http://127.0.0.1:1", token="t", device="d")
+    told: list[Any] = []
+    device._on_signal = told.append  # type: ignore[method-assign]
+    for delivered, read in ((24, 24), (22, 22), (25, 23), (26, 24)):
+        receipts = [Receipt(user="bob", delivered=delivered, read=read)]
+        device._on_receipts(ReceiptsSignal(channel="c", receipts=receipts))
+    assert [(one.receipts[0].delivered, one.receipts[0].read) for one in told] == [(24, 24), (25, 0), (26, 24)]

@@ -478,8 +478,9 @@ async def test_a_unit_that_was_overtaken_is_run_again_and_told_once(url: str, st
             await asyncio.sleep(0.01)  # why: the pace of a loop that looks at a condition
         await holder.execute("UPDATE streams SET epoch='b' WHERE sid=2")
     assert await unit == 1
-    assert (runs, told) == (2, [1])
-    assert await query(store, "SELECT item FROM events WHERE sid=1") == [("e2",)]
+    # Once more, or as often as it takes on a busy machine until the other one has let go.
+    assert (runs > 1, told) == (True, [1])
+    assert await query(store, "SELECT item FROM events WHERE sid=1") == [(f"e{runs}",)]
     await holder.close()
 
 

@@ -14,6 +14,7 @@ import random as random_module
 import time
 import uuid
 import weakref
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import TracebackType
@@ -40,7 +41,7 @@ from ..wire.commands import (
     UnreadSignal,
     WatchPresence,
 )
-from ..wire.resources import Head, Presence
+from ..wire.resources import Head, Presence, Receipt
 from .backoff import FullJitter
 from .channel import COMMAND_SECONDS, TYPING_SECONDS, Channel
 from .connection import Connection, Hooks, State, StateChange, TokenProvider
@@ -72,6 +73,8 @@ T = TypeVar("T")
 
 # Others see "delivered" within about a second; more often would be traffic that nobody looks at.
 ACK_SECONDS = 1.0
+# Members whose positions are remembered, so that none is told to go back: 200 bytes each, 2 MB.
+RECEIPTS_KEPT_MAX = 10_000
 
 
 class Observed(msgspec.Struct, frozen=True, kw_only=True):
@@ -189,13 +192,16 @@ class Client:
                 **dict.fromkeys(EVENT_CLASSES, self._following.on_event),
                 Syncing: self._following.on_syncing,
                 Synced: self._following.on_synced,
-                **dict.fromkeys((TypingSignal, PresenceSignal, ReceiptsSignal, UnreadSignal), self._on_signal),
+                ReceiptsSignal: self._on_receipts,
+                **dict.fromkeys((TypingSignal, PresenceSignal, UnreadSignal), self._on_signal),
             }
         )
 
         self._main: asyncio.Task[None] | None = None
         self._user: str | None = None
         self._signals: weakref.WeakSet[Latest[Signal]] = weakref.WeakSet()
+        # How far members are known to be, the last ones told of; by (channel, epoch, user).
+        self._receipts: OrderedDict[tuple[str, str | None, str], tuple[int, int]] = OrderedDict()
         self._callbacks: list[tuple[type[Any], Callable[[Any], Any]]] = []
         self._callback_tasks: list[asyncio.Task[None]] = []
         self._typing_at: dict[str, float] = {}
@@ -471,6 +477,25 @@ class Client:
                 detail=str(error),
             )
         )
+
+    def _on_receipts(self, signal: ReceiptsSignal) -> None:
+        """Positions only move forward: what one server tells may be older than what another one has told before it."""
+        stream = self._following.streams.get(signal.channel)
+        known, moved = self._receipts, []
+        for receipt in signal.receipts:
+            key = (signal.channel, None if stream is None else stream.epoch, receipt.user)
+            before = known.get(key, (0, 0))
+            known[key] = max(before[0], receipt.delivered), max(before[1], receipt.read)
+            known.move_to_end(key)
+            # A zero means that it did not move.
+            delivered = receipt.delivered if receipt.delivered >= before[0] else 0
+            read = receipt.read if receipt.read >= before[1] else 0
+            if delivered or read:
+                moved.append(Receipt(user=receipt.user, delivered=delivered, read=read))
+        while len(known) > RECEIPTS_KEPT_MAX:
+            known.popitem(last=False)
+        if moved:
+            self._on_signal(ReceiptsSignal(channel=signal.channel, receipts=moved))
 
     def _on_signal(self, signal: Signal) -> None:
         for signals in list(self._signals):
