@@ -768,7 +768,7 @@ MUTANTS: list[Mutant] = [
         file="src/tidings/server/gateway/connection.py",
         old="                while (self._in_store or self._again) and not self.ended:",
         new="                while self._again and not self._in_store and not self.ended:",
-        tests=["tests/gateway/test_hub.py", "-k", "keep_their_order"],
+        tests=["tests/gateway/test_hub.py", "-k", "on_their_way_to_the_store"],
     ),
     Mutant(
         check="drain",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from functools import partial
 from typing import Any
 
@@ -12,10 +13,11 @@ from tidings.server.bus.base import Published, Revoked, Signal
 from tidings.server.errors import Refusal
 from tidings.server.gateway import hub as hub_module
 from tidings.server.gateway.session import State
+from tidings.server.store.base import Tx
 from tidings.wire.requests import MemberUpdate
 from tidings.wire.resources import ChannelFeatures, ChannelType
 
-from .world import Node, RecordingPeer
+from .world import PATIENCE, Node, RecordingPeer
 
 
 async def test_live_events_reach_every_member_once_and_in_order(node: Node) -> None:
@@ -199,9 +201,13 @@ async def test_sends_of_one_session_keep_their_order_while_the_members_change(no
     await alice.ask("message.send", channel="c", key="warm", text="-1")
 
     async def churn() -> None:
+        # Others come and go, which costs alice nothing; her own role changes, so that her sends have to wait.
+        members = node.services.members
         for _ in range(10):
             await node.add("c", "carol")
+            await members.update(node.backend, "c", "alice", MemberUpdate(role="moderator"))
             await node.remove("c", "carol")
+            await members.update(node.backend, "c", "alice", MemberUpdate(role="member"))
 
     changing = asyncio.create_task(churn())
     refs = []
@@ -222,6 +228,47 @@ async def test_sends_of_one_session_keep_their_order_while_the_members_change(no
     assert texts == [-1, *stored]
     assert len(stored) > 40
     assert alice.session.in_flight == 0
+
+
+async def test_a_send_that_has_to_wait_comes_after_those_on_their_way_to_the_store(node: Node) -> None:
+    alice = await node.connect("alice")
+    await alice.ask("message.send", channel="c", key="warm", text="warm")
+    store = node.services.store
+    reached, gates = [threading.Event() for _ in range(3)], [threading.Event() for _ in range(3)]
+
+    async def hold(number: int) -> asyncio.Task[None]:
+        """Keep the writer from going on, from here in its queue on."""
+
+        async def unit(tx: Tx) -> None:
+            reached[number].set()
+            gates[number].wait(PATIENCE)
+
+        waiting, queued = asyncio.create_task(store.run(unit)), store._queue.qsize()
+        await alice.until(lambda: store._queue.qsize() > queued or reached[number].is_set())
+        return waiting
+
+    holding = [await hold(0)]
+    assert await asyncio.to_thread(reached[0].wait, PATIENCE)
+    changing = asyncio.create_task(
+        node.services.members.update(node.backend, "c", "alice", MemberUpdate(role="moderator"))
+    )
+    await alice.until(store._queue.qsize)
+    holding.append(await hold(1))
+    # The change of her role is on its way; what is sent now was decided before it, and is to be decided again.
+    gates[0].set()
+    assert await asyncio.to_thread(reached[1].wait, PATIENCE)
+    holding.append(await hold(2))
+    first = alice.say("message.send", channel="c", key="first", text="first")
+    gates[1].set()
+    await changing
+    assert await asyncio.to_thread(reached[2].wait, PATIENCE)
+    second = alice.say("message.send", channel="c", key="second", text="second")
+    await alice.until(lambda: alice._room is not None or store._queue.qsize())
+    gates[2].set()
+    await asyncio.gather(*holding)
+    await alice.until(lambda: alice.reply(first) and alice.reply(second))
+    await alice.quiet()
+    assert [frame["data"]["text"] for frame in alice.of("message.created")] == ["warm", "first", "second"]
 
 
 # ------------------------------------------------------------ slow peers
