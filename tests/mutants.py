@@ -1318,6 +1318,22 @@ MUTANTS: list[Mutant] = [
         new="            if shape.serial is not None and False:",
         tests=["tests/ops/test_transfer.py", "-k", "goes_on_over_postgresql"],
     ),
+    Mutant(
+        check="G4",
+        why="events that overtook one another are read from the log, each of them",
+        file="src/tidings/server/gateway/hub.py",
+        old="        if self._interest is None or (early is not None and len(early) >= EARLY_MAX):",
+        new="        if True:",
+        tests=["tests/gateway/test_nodes.py", "-k", "overtook_one_another"],
+    ),
+    Mutant(
+        check="G4",
+        why="what was overtaken and never comes is waited for until the next event",
+        file="src/tidings/server/gateway/hub.py",
+        old="            self._put_behind(stream, max(early))",
+        new="            pass",
+        tests=["tests/gateway/test_nodes.py", "-k", "does_not_come"],
+    ),
 ]
 
 Verdict = Literal["caught", "SURVIVED", "STALE", "BROKEN"]
