@@ -29,7 +29,6 @@ from tidings.server.bus.base import Bus, Notice, Published
 from tidings.server.errors import Refusal, TidingsError
 from tidings.server.gateway.connection import Connection
 from tidings.server.gateway.gateway import Gateway
-from tidings.server.gateway.hub import Hub
 from tidings.server.services import Services
 from tidings.server.services.access import Actor
 from tidings.server.services.messages import Draft, Messages
@@ -224,7 +223,7 @@ class HeardBus:
         self._bus.publish(notice)
 
     def listen(self, listener: Callable[[Any], None], *kinds: type[Notice]) -> None:
-        if getattr(listener, "__func__", None) is not Hub.notice:
+        if kinds and Published not in kinds:
             self._bus.listen(listener, *kinds)
             return
 
