@@ -151,3 +151,31 @@ def message(ref: int, channel: str, key: str, text: str) -> bytes:
         key.encode(),
         text.encode(),
     )
+
+
+async def flood(sender: Socket, number: int, count: int, *, window: int, frame: Callable[[int], bytes]) -> int:
+    """Send `count` messages, `frame(number)` each, counting on from `number`, `window` of them unacknowledged, until
+    all are acknowledged; the last number. Raises what `sender.until` raises."""
+    last = number + count
+    done = asyncio.Event()
+    unanswered = count
+
+    def next_one() -> None:
+        nonlocal number
+        number += 1
+        sender.send(frame(number))
+
+    def answered(_: bytes) -> None:
+        nonlocal unanswered
+        unanswered -= 1
+        if number < last:
+            next_one()
+        if unanswered == 0:
+            done.set()
+
+    sender.on_sent = answered
+    for _ in range(min(window, count)):
+        next_one()
+    await sender.until(done)
+    sender.on_sent = None
+    return number

@@ -10,7 +10,7 @@ from bench.measure import Findings, at_least, at_most
 from bench.plan import Plan
 from bench.server import BenchServer, fresh_server
 from bench.setup import make_groups, make_users
-from bench.sockets import Socket, acknowledge_all, connect_all, message
+from bench.sockets import Socket, acknowledge_all, connect_all, flood, message
 from bench.workers import Link, worker
 
 MEMBERS = 200
@@ -95,37 +95,13 @@ async def drive(link: Link, port: int, tokens: list[str], loop_port: int | None)
                 number += 1
                 members[0].send(message(number, CHANNEL, f"k{number}", TEXT))
         elif order == "flood":
-            number = await _flood(members[0], number, count)
+            number = await flood(
+                members[0], number, count, window=WINDOW, frame=lambda n: message(n, CHANNEL, f"k{n}", TEXT)
+            )
         await _received(expected)
         if acknowledging.done():
             acknowledging.result()
         link.send(members[0].last if order == "steady" else time.perf_counter() - began)
-
-
-async def _flood(sender: Socket, number: int, count: int) -> int:
-    last = number + count
-    done = asyncio.Event()
-    unanswered = count
-
-    def next_one() -> None:
-        nonlocal number
-        number += 1
-        sender.send(message(number, CHANNEL, f"k{number}", TEXT))
-
-    def answered(_: bytes) -> None:
-        nonlocal unanswered
-        unanswered -= 1
-        if number < last:
-            next_one()
-        if unanswered == 0:
-            done.set()
-
-    sender.on_sent = answered
-    for _ in range(min(WINDOW, count)):
-        next_one()
-    await sender.until(done)
-    sender.on_sent = None
-    return number
 
 
 async def _received(expected: list[tuple[Socket, int]], seconds: float = 60.0) -> None:

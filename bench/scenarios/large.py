@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from functools import partial
 from typing import TypeAlias
 
 from bench.fill import Fill, kept_server
 from bench.measure import Findings, at_most
 from bench.plan import Plan
 from bench.server import BenchServer
-from bench.sockets import Socket, acknowledge_all, connect_all, message
+from bench.sockets import Socket, acknowledge_all, connect_all, flood, message
 from bench.workers import Link, worker
 from tidings.wire.limits import BULK_MAX
 
@@ -142,7 +143,8 @@ async def drive(link: Link, port: int, people: dict[int, list[str]]) -> None:
                 await _ask(reader, writer, request)
         else:
             size, count = more
-            number = await _flood(members[size][0], f"c-{size}", number, count)
+            sender = members[size][0]
+            number = await flood(sender, number, count, window=WINDOW, frame=partial(_frame, sender, f"c-{size}"))
         if acknowledging.done():
             acknowledging.result()
         link.send(None)
@@ -160,25 +162,5 @@ async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, reque
         raise RuntimeError(f"{method} {path}: {said.decode()}{answer.decode()}")
 
 
-async def _flood(sender: Socket, channel: str, number: int, count: int) -> int:
-    last, unanswered, done = number + count, count, asyncio.Event()
-
-    def next_one() -> None:
-        nonlocal number
-        number += 1
-        sender.send(message(number, channel, f"l-{id(sender)}-{number}", TEXT))
-
-    def answered(_: bytes) -> None:
-        nonlocal unanswered
-        unanswered -= 1
-        if number < last:
-            next_one()
-        if unanswered == 0:
-            done.set()
-
-    sender.on_sent = answered
-    for _ in range(min(WINDOW, count)):
-        next_one()
-    await sender.until(done)
-    sender.on_sent = None
-    return number
+def _frame(sender: Socket, channel: str, number: int) -> bytes:
+    return message(number, channel, f"l-{id(sender)}-{number}", TEXT)
