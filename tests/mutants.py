@@ -419,6 +419,23 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         check="H3",
+        why="everything is wrapped with a root key that the other nodes have never seen",
+        file="src/tidings/server/crypto/keyfile.py",
+        old="            self._replace(msgspec.structs.replace(before, current=kid))\n",
+        new="            kid, version = self._fresh_version()\n"
+        "            self._replace(msgspec.structs.replace(before, current=kid, keys={**before.keys, kid: version}))\n",
+        tests=["tests/ops/test_root_keys.py", "-k", "goes_round"],
+    ),
+    Mutant(
+        check="H3",
+        why="the key that was prepared is removed with the old ones",
+        file="src/tidings/server/services/rotation.py",
+        old="            old = held[: held.index(kid)]\n",
+        new="            old = tuple(other for other in held if other != kid)\n",
+        tests=["tests/ops/test_root_keys.py", "-k", "prepared"],
+    ),
+    Mutant(
+        check="H3",
         why="an app is stored under a root key that has just been retired",
         file="src/tidings/server/crypto/keyring.py",
         old="if kid not in self._root.kids():",

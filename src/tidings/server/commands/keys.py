@@ -1,4 +1,4 @@
-"""`tidings keys list | create | rotate-app | rotate-root | retire`: encryption keys, changed while the server runs."""
+"""`tidings keys …`: encryption keys, listed, made, changed and removed while the server runs."""
 
 from __future__ import annotations
 
@@ -87,18 +87,41 @@ def create(path: Path, /) -> None:
     err.print("Next: copy it to where you keep keys. Without it nothing that is stored can be read.")
 
 
+@app.command(name="prepare-root")
+def prepare_root(*, config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
+    """Put the next root key into the key file without using it yet: the first step where nodes have files of their own.
+
+    Then copy the file to every node, and `tidings keys rotate-root`. Running this twice makes no second key.
+
+    For example:
+
+        tidings keys prepare-root
+    """
+    from tidings.server.crypto.keyfile import KeyFile
+
+    where = settings(config, data_dir)
+    kid = KeyFile(where.key_file, create=False).prepare_version()
+    err = console()
+    err.print(f"The root key {kid} is in {where.key_file}, and nothing uses it yet.")
+    err.print("Next: copy the file to every node and to where you keep keys, then: tidings keys rotate-root")
+
+
 @app.command(name="rotate-root")
 def rotate_root(
     *,
     keep_old: Annotated[bool, Parameter(negative="")] = False,
+    one_file: Annotated[bool, Parameter(negative="")] = False,
     config: ConfigOption = None,
     data_dir: DataDirOption = None,
 ) -> None:
-    """Make a new root key, wrap every app's keys with it, and remove the old one from the key file.
+    """Wrap every app's keys with a new root key, and remove the old one from the key file.
 
     Do this once a year, and whenever somebody may have read the key file (then rotate the apps' keys too). Backups made
     before need the key file as it was: keep that copy with them, or use --keep-old. Make a copy of the new key file
     right away.
+
+    Over PostgreSQL there may be nodes with a key file of their own. There it takes the key that `tidings keys
+    prepare-root` has made, and the old one stays until `tidings keys retire-root`, unless you say --one-file.
 
     For example:
 
@@ -110,12 +133,15 @@ def rotate_root(
     ----------
     keep_old
         Leave the old root key in the key file, so that backups made before can be restored with it.
+    one_file
+        All nodes read this very file: make the new key and remove the old one in one go.
     """
     where = settings(config, data_dir)
+    several = not (where.embedded or one_file)
 
     async def work(rotation: Rotation) -> Any:
         with _bar() as told:
-            return await rotation.rotate_root(keep_old=keep_old, told=told)
+            return await rotation.rotate_root(keep_old=keep_old or several, prepared=several, told=told)
 
     with hold(where.data_dir, "a rotation of keys", lock=ROTATION_LOCK):
         done = _run(where, work)
@@ -124,14 +150,47 @@ def rotate_root(
         f"[bold green]{'Finished the interrupted rotation' if done.resumed else 'Rotated'}:[/] the root key is "
         f"{done.kid}; {done.rewrapped} app keys were wrapped anew."
     )
-    if done.retired:
-        err.print(
-            f"Removed from {where.key_file}: {', '.join(done.retired)}.\n"
-            "Backups made before this need the key file as it was: keep that copy with them."
-        )
+    _say_retired_roots(err, where, done.retired)
     if done.kept:
         err.print(f"Still in {where.key_file}: {', '.join(done.kept)}.")
-    err.print(f"Next: copy {where.key_file} to where you keep keys. Without it nothing that is stored can be read.")
+    if several:
+        err.print("Next: copy the file to every node and to where you keep keys, then: tidings keys retire-root")
+    else:
+        err.print(f"Next: copy {where.key_file} to where you keep keys. Without it nothing that is stored can be read.")
+
+
+@app.command(name="retire-root")
+def retire_root(*, config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
+    """Remove old root keys from the key file, if nothing needs them: the last step of a rotation over several nodes.
+
+    Run it when every node has the file with the new current key, and copy the file once more. What is still wrapped by
+    an old key stops it.
+
+    For example:
+
+        tidings keys retire-root
+    """
+    where = settings(config, data_dir)
+
+    async def work(rotation: Rotation) -> tuple[str, ...]:
+        return await rotation.retire_root()
+
+    with hold(where.data_dir, "a rotation of keys", lock=ROTATION_LOCK):
+        retired = _run(where, work)
+    err = console()
+    if retired:
+        _say_retired_roots(err, where, retired)
+        err.print("Next: copy the file to every node and to where you keep keys.")
+    else:
+        err.print(f"There is no old root key in {where.key_file}.")
+
+
+def _say_retired_roots(err: Any, where: Config, retired: tuple[str, ...]) -> None:
+    if retired:
+        err.print(
+            f"Removed from {where.key_file}: {', '.join(retired)}.\n"
+            "Backups made before this need the key file as it was: keep that copy with them."
+        )
 
 
 @app.command(name="rotate-app")
@@ -291,14 +350,19 @@ def _bar() -> Iterator[Told]:
 
 
 def _root_keys(where: Config) -> dict[str, dict[str, Any]]:
-    """Root key id → made at and whether it is the current one, oldest first. Never the keys."""
+    """Root key id → made at, whether it is the current one, and its state, oldest first. Never the keys."""
     import msgspec
 
     from tidings.server.crypto.keyfile import KeyFile
 
     held = KeyFile(where.key_file, create=False)
     made = msgspec.json.decode(held.path.read_bytes())["keys"]
-    return {kid: {"made_at": made[kid]["created"], "current": kid == held.current_kid} for kid in held.kids()}
+    current, prepared = held.current_kid, held.prepared_kid()
+    states = {current: "current", prepared: "prepared"}
+    return {
+        kid: {"made_at": made[kid]["created"], "current": kid == current, "state": states.get(kid, "old")}
+        for kid in held.kids()
+    }
 
 
 def _print_json(roots: dict[str, dict[str, Any]], found: list[Any]) -> None:
@@ -329,7 +393,7 @@ def _print_tables(where: Config, roots: dict[str, dict[str, Any]], found: list[A
     for name in ("id", "made at", "wraps", ""):
         table.add_column(name, no_wrap=True)
     for kid, info in roots.items():
-        table.add_row(kid, info["made_at"], str(info["wraps"]), "current" if info["current"] else "old")
+        table.add_row(kid, info["made_at"], str(info["wraps"]), info["state"])
     out.print(table)
     for entry in found:
         out.print()

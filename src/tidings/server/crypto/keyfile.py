@@ -5,6 +5,9 @@ The file is JSON, so that an operator can see which versions it holds:
     {"format": "tidings-root-keys", "version": 1, "current": "rk_5f…",
      "keys": {"rk_5f…": {"key": "<base64 of 32 bytes>", "created": "2026-01-31T09:30:00Z"}}}
 
+`keys` is in the order of their making. Those before `current` are old; one after it is prepared: it opens what was
+wrapped by it and wraps nothing, so that it can be brought to every machine before the first one uses it.
+
 Whoever has this file and the database can read everything, and without it nobody can. Back it up apart from the data.
 """
 
@@ -59,6 +62,7 @@ class _Loaded(msgspec.Struct, frozen=True):
     """The file as last read. Holds ciphers, not key bytes, so that no repr or log line can show a key."""
 
     current: str
+    prepared: str | None
     ciphers: dict[str, AESGCM]
     stamp: tuple[int, int, int]
 
@@ -126,14 +130,33 @@ class KeyFile:
         except InvalidTag:
             raise Tampered(f"a key wrapped by root key {wrapped.kid} does not open") from None
 
-    def add_version(self) -> str:
-        """Add a fresh key, make it current, and return its id once it is safely on disk."""
+    def prepared_kid(self) -> str | None:
+        """The key that `prepare_version` made and nothing wraps with yet, if there is one."""
+        return self._refreshed().prepared
+
+    def prepare_version(self) -> str:
+        """Add a fresh key without making it current, and return its id once it is safely on disk.
+
+        A key that is prepared already is returned instead: making another would leave two kinds of copies about.
+        """
         with self._locked():
             before = self._parse(self._read_bytes()[0])
-            kid, version = self._fresh_version()
-            self._replace(
-                msgspec.structs.replace(before, current=kid, keys={**before.keys, kid: version}),
-            )
+            kid = _prepared(before)
+            if kid is None:
+                kid, version = self._fresh_version()
+                self._replace(msgspec.structs.replace(before, keys={**before.keys, kid: version}))
+        self._reread()
+        return kid
+
+    def add_version(self) -> str:
+        """Make the prepared key current, or a fresh one if none is, and return its id once that is safely on disk."""
+        with self._locked():
+            before = self._parse(self._read_bytes()[0])
+            kid = _prepared(before)
+            if kid is None:
+                kid, version = self._fresh_version()
+                before = msgspec.structs.replace(before, keys={**before.keys, kid: version})
+            self._replace(msgspec.structs.replace(before, current=kid))
         self._reread()
         return kid
 
@@ -172,7 +195,7 @@ class KeyFile:
         raw, stamp = self._read_bytes()
         document = self._parse(raw)
         ciphers = {kid: AESGCM(base64.b64decode(version.key)) for kid, version in document.keys.items()}
-        return _Loaded(current=document.current, ciphers=ciphers, stamp=stamp)
+        return _Loaded(current=document.current, prepared=_prepared(document), ciphers=ciphers, stamp=stamp)
 
     def _read_bytes(self) -> tuple[bytes, tuple[int, int, int]]:
         try:
@@ -305,6 +328,12 @@ class KeyFile:
             yield
         finally:
             os.close(fd)
+
+
+def _prepared(document: _Document) -> str | None:
+    """The newest key, if it is not the current one."""
+    newest = next(reversed(document.keys))
+    return None if newest == document.current else newest
 
 
 def _stamp(found: os.stat_result) -> tuple[int, int, int]:

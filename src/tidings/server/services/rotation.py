@@ -47,7 +47,11 @@ _MARK: Final = "rotating:"
 
 
 class RootKeys(RootKeyProvider, Protocol):
-    """A provider that can also take versions away."""
+    """A provider whose versions can be prepared, made current and taken away."""
+
+    def prepared_kid(self) -> str | None:
+        """A version that opens and does not wrap yet, if there is one."""
+        ...
 
     def retire(self, kid: str) -> None:
         """Remove an old version for good."""
@@ -362,13 +366,16 @@ class Rotation:
 
     # ------------------------------------------------------------ the root key
 
-    async def rotate_root(self, *, keep_old: bool = False, told: Told | None = None) -> RootRotation:
-        """Make a new root key, wrap every app's keys with it, and retire the old ones unless `keep_old`.
+    async def rotate_root(
+        self, *, keep_old: bool = False, prepared: bool = False, told: Told | None = None
+    ) -> RootRotation:
+        """Take the prepared root key or a new one, wrap every app's keys with it, and retire the old unless `keep_old`.
 
-        Finishes an interrupted rotation instead of beginning one. Raises CryptoError.
+        Finishes an interrupted rotation instead of beginning one. `prepared`: begin only with a key that was prepared,
+        because others have files of their own. Raises Refusal `conflict` when that is not so, CryptoError.
         """
         told = told or Told()
-        kid, resumed = await self._begin_root()
+        kid, resumed = await self._begin_root(prepared=prepared)
         total = await self._count("SELECT COUNT(*) FROM app_keys WHERE root_kid<>?", kid)
         moved = 0
         for _ in range(PASSES_MAX):
@@ -403,7 +410,7 @@ class Rotation:
         retired, kept = await self._retire_root_keys(kid, keep_old=keep_old)
         return RootRotation(kid, resumed, moved, retired, kept)
 
-    async def _begin_root(self) -> tuple[str, bool]:
+    async def _begin_root(self, *, prepared: bool) -> tuple[str, bool]:
         mark = f"{_MARK}root"
 
         async def look(tx: Tx) -> tuple[Row | None, Row | None]:
@@ -416,6 +423,13 @@ class Rotation:
         current = self._root.current_kid
         if begun is not None or behind is not None:
             return current, True
+        if prepared and self._root.prepared_kid() is None:
+            raise Refusal(
+                "conflict",
+                "No root key is prepared. Nodes with a key file of their own must have the new key before anything is"
+                " wrapped with it: run `tidings keys prepare-root`, copy the file to every node, then rotate.",
+                field="root_key",
+            )
         kid = await asyncio.to_thread(self._root.add_version)
 
         async def write(tx: Tx) -> None:
@@ -427,6 +441,21 @@ class Rotation:
 
         await self._store.run(write)
         return kid, False
+
+    async def retire_root(self) -> tuple[str, ...]:
+        """Remove the old root keys from the key file, if nothing is wrapped by them any more; which went.
+
+        Raises Refusal `conflict` when something is: an app's key that another node made before it had the new file.
+        """
+        retired, kept = await self._retire_root_keys(self._root.current_kid, keep_old=False)
+        if kept:
+            raise Refusal(
+                "conflict",
+                f"Something is still wrapped by {', '.join(kept)}: run `tidings keys rotate-root` again, which wraps it"
+                " anew, and then this.",
+                field="root_key",
+            )
+        return retired
 
     def _rewrapped_app_keys(self, rows: list[Row]) -> list[tuple[Any, ...]]:
         changes = []
@@ -442,7 +471,9 @@ class Rotation:
 
         async def unit(tx: Tx) -> tuple[tuple[str, ...], tuple[str, ...]]:
             left = await tx.one("SELECT root_kid FROM app_keys WHERE root_kid<>? LIMIT 1", kid)
-            old = tuple(other for other in self._root.kids() if other != kid)
+            # What comes after the current one is prepared, and needed soon.
+            held = tuple(self._root.kids())
+            old = held[: held.index(kid)]
             if left is not None:
                 return (), old
             await tx.execute("DELETE FROM meta WHERE name=?", f"{_MARK}root")
