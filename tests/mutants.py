@@ -435,6 +435,14 @@ MUTANTS: list[Mutant] = [
         tests=["tests/ops/test_root_keys.py", "-k", "prepared"],
     ),
     Mutant(
+        check="start",
+        why="nodes that start at once make a first app each",
+        file="src/tidings/server/services/admin.py",
+        old="                    await tx.execute(_ONE_AT_A_TIME)\n",
+        new="",
+        tests=["tests/ops/test_postgres.py", "-k", "make_one_app"],
+    ),
+    Mutant(
         check="H3",
         why="an app is stored under a root key that has just been retired",
         file="src/tidings/server/crypto/keyring.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import pytest
 
 from tests import postgres
 from tests.checks.house import House, open_house
+from tidings.server.app import open_core
+from tidings.server.config import Config
+from tidings.server.crypto.keyfile import KeyFile
+from tidings.server.services.admin import NewApp
 from tidings.testing.process import ServerFailed, ServerProcess
 
 from .conftest import tidings
@@ -107,3 +112,23 @@ async def test_backups_of_the_file_are_refused_with_what_to_do(tmp_path: Path, m
     done = await tidings("backup", tmp_path / "copy")
     assert done.status == 1
     assert "postgresql.md" in done.err
+
+
+async def test_nodes_that_start_at_once_on_an_empty_database_make_one_app_between_them(tmp_path: Path) -> None:
+    url = await postgres.fresh_database(empty=True)
+    key_file = tmp_path / "root.key"
+    KeyFile(key_file)
+
+    async def node(number: int, started: asyncio.Barrier) -> NewApp | None:
+        config = Config(data_dir=tmp_path / str(number), key_file=key_file, store=url, allow_unsafe_store=True)
+        async with open_core(config) as core:
+            await started.wait()
+            return await core.services.admin.create_first_app("First app", via="serve")
+
+    barrier = asyncio.Barrier(6)
+    made = await asyncio.gather(*(node(number, barrier) for number in range(6)))
+    assert sum(new is not None for new in made) == 1
+    async with open_core(
+        Config(data_dir=tmp_path / "0", key_file=key_file, store=url, allow_unsafe_store=True)
+    ) as core:
+        assert await core.services.admin.create_first_app("Another", via="serve") is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import sys
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import Annotated, Final
 
 from cyclopts import Parameter
 
@@ -13,10 +13,6 @@ from tidings.server.config import Config
 
 from .datadir import check_restored, hold
 from .terminal import ConfigOption, DataDirOption, StoreOption, settings
-
-if TYPE_CHECKING:
-    from tidings.server.services import Services
-    from tidings.server.services.admin import NewApp
 
 # Allocations between collections. Nearly everything is freed by reference counts: at 8,000 messages a second this is a
 # young collection every second or so. What the start loads stays for good, and is hardly looked through before that.
@@ -124,7 +120,8 @@ async def _serve(config: Config, *, panel: bool) -> None:
     from tidings.server.app import Server, open_core
 
     async with open_core(config) as core:
-        new = await first_app(core.services)
+        # So that a newcomer has one to talk to.
+        new = await core.services.admin.create_first_app("First app", via="serve")
         server = Server(config, core)
 
         def ready() -> None:
@@ -135,15 +132,3 @@ async def _serve(config: Config, *, panel: bool) -> None:
 
         await server.serve(ready=ready)
         await asyncio.sleep(0)
-
-
-async def first_app(services: Services) -> NewApp | None:
-    """Make an app when there is none, so that a newcomer has one to talk to."""
-    from tidings.server.store.base import Tx
-
-    async def any_app(tx: Tx) -> bool:
-        return await tx.one("SELECT 1 FROM apps LIMIT 1") is not None
-
-    if await services.store.read(any_app):
-        return None
-    return await services.admin.create_app("First app", via="serve")

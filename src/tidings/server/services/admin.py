@@ -86,6 +86,16 @@ SCOPES: Final[tuple[Scope, ...]] = ("app", "channel", "relation")
 _ID: Final = re.compile(limits.ID_PATTERN)
 
 
+# A row to hold while it is decided whether there is an app: no app, no row of `apps` to lock.
+_ONE_AT_A_TIME: Final = (
+    "INSERT INTO meta(name,value) VALUES ('first_app','') ON CONFLICT (name) DO UPDATE SET value=excluded.value"
+)
+
+
+class _NotFirst(Exception):
+    """Somebody else has made the first app."""
+
+
 @dataclass(slots=True, frozen=True)
 class NewApp:
     """An app that was just made, with the secrets that are shown this once."""
@@ -138,7 +148,21 @@ class Admin:
         async with self._creating:
             return await self._create_app(name, app_id or self._ids.new_id("app_"), via)
 
-    async def _create_app(self, name: str, app_id: str, via: str) -> NewApp:
+    async def create_first_app(self, name: str, via: str = "cli") -> NewApp | None:
+        """Make an app if there is none; None if there is one. Of several nodes that start at once, one makes it."""
+
+        async def any_app(tx: Tx) -> bool:
+            return await tx.one("SELECT 1 FROM apps LIMIT 1") is not None
+
+        async with self._creating:
+            if await self._store.read(any_app):
+                return None
+            try:
+                return await self._create_app(name, self._ids.new_id("app_"), via, first=True)
+            except _NotFirst:
+                return None
+
+    async def _create_app(self, name: str, app_id: str, via: str, *, first: bool = False) -> NewApp:
         async def exists(tx: Tx) -> bool:
             return await tx.one("SELECT app FROM apps WHERE id=?", app_id) is not None
 
@@ -157,6 +181,11 @@ class Admin:
             sealed = self._keyring.app_cipher(app_id).seal(signing_secret.encode(), signing_item(kid))
 
             async def unit(tx: Tx) -> Change[None]:
+                if first:
+                    # Whoever comes second waits here for the first one's commit, and then sees its app.
+                    await tx.execute(_ONE_AT_A_TIME)
+                    if await tx.one("SELECT 1 FROM apps LIMIT 1") is not None:
+                        raise _NotFirst
                 row = await tx.one(
                     "INSERT INTO apps(id,name,settings,created_at) VALUES (?,?,?,?) ON CONFLICT (id) DO NOTHING"
                     " RETURNING app",
