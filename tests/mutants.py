@@ -437,7 +437,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         check="start",
         why="nodes that start at once make a first app each",
-        file="src/tidings/server/services/admin.py",
+        file="src/tidings/server/services/founding.py",
         old="                    await tx.execute(_ONE_AT_A_TIME)\n",
         new="",
         tests=["tests/ops/test_postgres.py", "-k", "make_one_app"],

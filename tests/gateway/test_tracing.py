@@ -29,7 +29,7 @@ from tidings.server.bus.local import LocalBus
 from tidings.server.config import Config
 from tidings.server.errors import StoreUnavailable
 from tidings.server.gateway.hub import Hub
-from tidings.server.services.admin import NewApp
+from tidings.server.services.founding import NewApp
 from tidings.server.store.base import Store, Tx
 from tidings.server.tracing import HeardBus, TracedBus, TracedStore, Tracing
 from tidings.testing.process import ServerProcess

@@ -15,7 +15,7 @@ import pytest
 from tidings.client import Rest
 from tidings.server.app import open_core
 from tidings.server.config import Config
-from tidings.server.services.admin import NewApp
+from tidings.server.services.founding import NewApp
 from tidings.testing.process import ServerProcess
 
 # A command starts an interpreter and reads its modules; on a machine with other work that may take seconds.

@@ -13,7 +13,7 @@ from tests.checks.house import House, open_house
 from tidings.server.app import open_core
 from tidings.server.config import Config
 from tidings.server.crypto.keyfile import KeyFile
-from tidings.server.services.admin import NewApp
+from tidings.server.services.founding import NewApp
 from tidings.testing.process import ServerFailed, ServerProcess
 
 from .conftest import tidings

@@ -18,11 +18,12 @@ from tidings.server.domain.netguard import OutboundPolicy
 from tidings.server.domain.permissions import grants_of
 from tidings.server.outbound import GuardedClient
 from tidings.server.services.access import AccessService, Actor
-from tidings.server.services.admin import Admin, NewApp
+from tidings.server.services.admin import Admin
 from tidings.server.services.apps import AppContext, Apps
 from tidings.server.services.auth import Auth, verifying_keys
 from tidings.server.services.change import Changes
 from tidings.server.services.channels import Channels
+from tidings.server.services.founding import NewApp
 from tidings.server.services.jwks import JwksCache
 from tidings.server.services.members import Members
 from tidings.server.services.messages import Messages

@@ -221,7 +221,7 @@ def open_sample(path: Path, key_file: Path) -> int:
     """Open the newest sealed rows of a database with a key file; how many. Raises KeyFileError, CryptoError."""
     from tidings.server.crypto.keyfile import KeyFile
     from tidings.server.crypto.keyring import KeyPurpose, Keyring, WrappedKey, WrappedStreamKey
-    from tidings.server.services.admin import signing_item
+    from tidings.server.services.founding import signing_item
 
     keyring = Keyring(KeyFile(key_file, create=False))
     opened = 0

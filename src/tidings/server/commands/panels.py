@@ -12,7 +12,7 @@ from tidings.server.config import Config
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tidings.server.services.admin import NewApp
+    from tidings.server.services.founding import NewApp
 
 # Where lines are written in full: panels would fold secrets and commands, and a folded command cannot be copied.
 _PLAIN_WIDTH_MIN = 72

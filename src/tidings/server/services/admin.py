@@ -12,9 +12,6 @@ version of channels (there may be millions): a message whose sending was decided
 
 from __future__ import annotations
 
-import asyncio
-import re
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, Literal, TypeAlias
 
@@ -62,6 +59,7 @@ from .api_keys import hash_secret, key_text
 from .apps import BUILT_IN_TYPES, Apps
 from .audit import Action, Line, entry_of, line_id, line_of, lines_before
 from .change import Change, Changes
+from .founding import Founder, NewApp, check_id, check_name, insert_api_key, insert_signing_key, signing_item
 from .granting import check_held, check_room, check_words, lock_rules, role_mask, words_in_order
 from .paging import make_cursor, read_cursor
 from .signing import JwksSource, SigningKey
@@ -83,32 +81,6 @@ RELATIONS_PER_USER_MAX: Final = 10_000
 
 Scope: TypeAlias = Literal["app", "channel", "relation"]
 SCOPES: Final[tuple[Scope, ...]] = ("app", "channel", "relation")
-_ID: Final = re.compile(limits.ID_PATTERN)
-
-
-# A row to hold while it is decided whether there is an app: no app, no row of `apps` to lock.
-_ONE_AT_A_TIME: Final = (
-    "INSERT INTO meta(name,value) VALUES ('first_app','') ON CONFLICT (name) DO UPDATE SET value=excluded.value"
-)
-
-
-class _NotFirst(Exception):
-    """Somebody else has made the first app."""
-
-
-@dataclass(slots=True, frozen=True)
-class NewApp:
-    """An app that was just made, with the secrets that are shown this once."""
-
-    app_id: str
-    name: str
-    api_key: str
-    api_key_id: str
-    signing_kid: str
-    signing_secret: str
-
-    def __repr__(self) -> str:
-        return f"NewApp(app_id={self.app_id!r}, api_key_id={self.api_key_id!r}, signing_kid={self.signing_kid!r})"
 
 
 class Admin:
@@ -132,8 +104,7 @@ class Admin:
         self._clock = clock
         self._ids = ids
         self._policy = policy or OutboundPolicy()
-        # A new app's keys are loaded before they are stored, to seal its first secret: one creation at a time.
-        self._creating = asyncio.Lock()
+        self._founder = Founder(store, changes, keyring, clock, ids)
 
     # ------------------------------------------------------------ apps
 
@@ -142,83 +113,11 @@ class Admin:
 
         `via` names who asked, for the audit trail. Raises Refusal `already_exists` or `invalid_field`.
         """
-        _check_name(name)
-        if app_id is not None:
-            _check_id(app_id, "id")
-        async with self._creating:
-            return await self._create_app(name, app_id or self._ids.new_id("app_"), via)
+        return await self._founder.found(name, app_id, via)
 
     async def create_first_app(self, name: str, via: str = "cli") -> NewApp | None:
         """Make an app if there is none; None if there is one. Of several nodes that start at once, one makes it."""
-
-        async def any_app(tx: Tx) -> bool:
-            return await tx.one("SELECT 1 FROM apps LIMIT 1") is not None
-
-        async with self._creating:
-            if await self._store.read(any_app):
-                return None
-            try:
-                return await self._create_app(name, self._ids.new_id("app_"), via, first=True)
-            except _NotFirst:
-                return None
-
-    async def _create_app(self, name: str, app_id: str, via: str, *, first: bool = False) -> NewApp:
-        async def exists(tx: Tx) -> bool:
-            return await tx.one("SELECT app FROM apps WHERE id=?", app_id) is not None
-
-        taken = Refusal("already_exists", f"There is an app {app_id} already.", field="id")
-        if await self._store.read(exists):
-            raise taken
-        now = self._clock.now_ms()
-        key_id, key_secret = self._ids.new_id(""), self._ids.new_secret()
-        kid, signing_secret = self._ids.new_id("sk_"), self._ids.new_secret()
-        audit_id = line_id(self._ids)
-        self._keyring.forget_app(app_id)
-        keys = (self._keyring.new_app_key(app_id), self._keyring.new_index_key(app_id))
-        try:
-            for key in keys:
-                self._keyring.load_app_key(app_id, key)
-            sealed = self._keyring.app_cipher(app_id).seal(signing_secret.encode(), signing_item(kid))
-
-            async def unit(tx: Tx) -> Change[None]:
-                if first:
-                    # Whoever comes second waits here for the first one's commit, and then sees its app.
-                    await tx.execute(_ONE_AT_A_TIME)
-                    if await tx.one("SELECT 1 FROM apps LIMIT 1") is not None:
-                        raise _NotFirst
-                row = await tx.one(
-                    "INSERT INTO apps(id,name,settings,created_at) VALUES (?,?,?,?) ON CONFLICT (id) DO NOTHING"
-                    " RETURNING app",
-                    app_id,
-                    name,
-                    encode(AppSettings()).decode(),
-                    now,
-                )
-                if row is None:
-                    raise taken
-                app = int(row[0])
-                for key in keys:
-                    self._keyring.check_root_key(key.root_kid)
-                    await tx.execute(
-                        "INSERT INTO app_keys(app,purpose,version,root_kid,wrapped,created_at) VALUES (?,?,?,?,?,?)",
-                        app,
-                        key.purpose.value,
-                        key.version,
-                        key.root_kid,
-                        key.wrapped,
-                        now,
-                    )
-                await insert_api_key(tx, app, key_id, "first key", hash_secret(key_secret), ["*"], now, None)
-                await insert_signing_key(tx, app, kid, "HS256", sealed, None, now)
-                await Line(app, audit_id, now, via, Action.APP_CREATED, f"app:{app_id}").write(tx)
-                return Change(None)
-
-            await self._changes.run(unit)
-        except BaseException:
-            # The keys were never stored: nothing may be sealed with them.
-            self._keyring.forget_app(app_id)
-            raise
-        return NewApp(app_id, name, key_text(key_id, key_secret), key_id, kid, signing_secret)
+        return await self._founder.found_first(name, via)
 
     async def get_app(self, actor: Actor) -> App:
         """The app itself. Needs `app.read`."""
@@ -231,7 +130,7 @@ class Admin:
         actor.check(P.APP_UPDATE)
         changed = {}
         if isinstance(update.name, str):
-            _check_name(update.name)
+            check_name(update.name)
             changed["name"] = update.name
         if isinstance(update.settings, AppSettings):
             changed["settings"] = encode(update.settings).decode()
@@ -275,7 +174,7 @@ class Admin:
     async def create_api_key(self, actor: Actor, new: ApiKeyCreate) -> ApiKey:
         """Make an API key; the answer shows the whole key, once. Needs `key.manage` and every word it gets."""
         actor.check(P.KEY_MANAGE)
-        _check_name(new.name)
+        check_name(new.name)
         scopes = list(dict.fromkeys(new.scopes))
         if not scopes:
             raise Refusal("invalid_field", "A key needs at least one scope.", field="scopes", bound=1)
@@ -535,7 +434,7 @@ class Admin:
         """
         actor.check(P.ROLE_MANAGE)
         _check_scope(scope)
-        _check_id(name, "name")
+        check_id(name, "name")
         words = list(dict.fromkeys(grants))
         mask = check_words(words, "grants", channel_only=scope != "app")
         app = actor.app.app
@@ -616,12 +515,12 @@ class Admin:
         `channel.read` when members shall see what was before they joined.
         """
         actor.check(P.APP_UPDATE)
-        _check_id(name, "name")
+        check_id(name, "name")
         _check_own_type(name)
         grants = {role: list(dict.fromkeys(words)) for role, words in put.grants.items()}
         masks = {role: check_words(words, f"grants.{role}", channel_only=True) for role, words in grants.items()}
         for role in grants:
-            _check_id(role, "grants")
+            check_id(role, "grants")
         definition = ChannelType(
             name=name,
             features=ChannelFeatures(**msgspec.structs.asdict(put.features)),
@@ -845,43 +744,6 @@ class Admin:
 # ---------------------------------------------------------------- rows
 
 
-def signing_item(kid: str) -> bytes:
-    """The item that a sealed HS256 secret is bound to."""
-    return b"signing:" + kid.encode()
-
-
-async def insert_api_key(
-    tx: Tx, app: int, id: str, name: str, secret_hash: bytes, scopes: list[str], at: int, expires_at: int | None
-) -> None:
-    """One row of `api_keys`."""
-    await tx.execute(
-        "INSERT INTO api_keys(id,app,name,secret_hash,scopes,created_at,expires_at) VALUES (?,?,?,?,?,?,?)",
-        id,
-        app,
-        name,
-        secret_hash,
-        encode(scopes).decode(),
-        at,
-        expires_at,
-    )
-
-
-async def insert_signing_key(
-    tx: Tx, app: int, kid: str, algorithm: str, sealed: bytes | None, public_key: str | None, at: int
-) -> int:
-    """One row of `signing_keys`, active; 0 if the app has a key of that id."""
-    return await tx.execute(
-        "INSERT INTO signing_keys(app,kid,algorithm,sealed,public_key,status,created_at)"
-        " VALUES (?,?,?,?,?,'active',?) ON CONFLICT (app,kid) DO NOTHING",
-        app,
-        kid,
-        algorithm,
-        sealed,
-        public_key,
-        at,
-    )
-
-
 # ---------------------------------------------------------------- checks
 
 
@@ -899,21 +761,6 @@ def _check_reads_types(actor: Actor) -> None:
     """What a type's channels can do decides what a client shows, so whoever takes part in the app may know it."""
     if not (actor.may(P.USER_READ) or actor.may(P.CHANNEL_CREATE)):
         actor.check(P.APP_READ)
-
-
-def _check_id(text: str, field: str) -> None:
-    if not _ID.fullmatch(text):
-        raise Refusal("invalid_field", "An id is 1-128 characters of A-Z a-z 0-9 _ . : @ + -.", field=field)
-
-
-def _check_name(name: str) -> None:
-    if not 1 <= len(name) <= limits.NAME_LENGTH_MAX:
-        raise Refusal(
-            "invalid_field",
-            f"A name has 1 to {limits.NAME_LENGTH_MAX} characters.",
-            field="name",
-            bound=limits.NAME_LENGTH_MAX,
-        )
 
 
 # ---------------------------------------------------------------- forms

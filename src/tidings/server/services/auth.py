@@ -32,11 +32,11 @@ from tidings.wire.ids import time_of
 from tidings.wire.resources import Token
 
 from .access import Actor
-from .admin import signing_item
 from .api_keys import PREFIX, matches, parse_key
 from .apps import AppContext, Apps
 from .audit import Action, line_id, line_of
 from .change import Change, Changes
+from .founding import signing_item
 from .signing import AppKeys, JwksSource, KeyStatus, SigningKey
 from .tokens import Pending, TokenRefused, TokenVerifier, Verified
 from .tokens import mint as sign

@@ -27,8 +27,8 @@ from tidings.server.crypto.keyring import AppCipher, KeyPurpose, Keyring, Wrappe
 from tidings.server.errors import NotFound, Refusal
 from tidings.server.store.base import Row, Store, Tx
 
-from .admin import signing_item
 from .audit import Action, Line
+from .founding import signing_item
 from .users import device_item, user_item
 
 # Rows per transaction: a few milliseconds of the write lock, less than a batch of messages.
