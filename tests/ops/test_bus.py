@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import httpx
+import pytest
 
 from tests.ops.conftest import tidings
 from tests.postgres import fresh_database
@@ -98,3 +100,40 @@ async def test_two_servers_over_one_database_are_one_to_their_users(tmp_path: Pa
         async with asyncio.timeout(20):
             while (await as_bob.get("/v1/channels/c")).status_code != 403:
                 await asyncio.sleep(0.02)  # why: looking again, not waiting for the thing itself
+
+
+async def test_the_doctor_looks_at_each_server_of_the_bus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = ("--json", "--port", "0", "--data-dir", tmp_path / "data")
+
+    async def examined(*servers: str, environment: dict[str, str] | None = None) -> list[tuple[str, str, str]]:
+        for name, value in {"TIDINGS_BUS": ",".join(servers), **(environment or {})}.items():
+            monkeypatch.setenv(name, value)
+        done = await tidings("doctor", *where)
+        return [(item["status"], item["found"], item["do"]) for item in json.loads(done.out) if item["name"] == "bus"]
+
+    strict_config = tmp_path / "nats.conf"
+    strict_config.write_text(
+        "authorization: {users: [{user: other, password: secret}, "
+        '{user: tidings, password: secret, permissions: {publish: "else.>"}}]}\n'
+    )
+    async with (
+        NatsProcess(tmp_path / "nats") as nats,
+        NatsProcess(tmp_path / "strict", arguments=("-c", str(strict_config))) as strict,
+    ):
+        monkeypatch.setenv("TIDINGS_ALLOW_UNSAFE_STORE", "true")
+        monkeypatch.setenv("TIDINGS_STORE", await fresh_database())
+        found = await examined(nats.url)
+        assert len(found) == 2, found
+        one, few = found
+        assert (one[0], "ms there and back" in one[1]) == ("ok", True)
+        assert (few[0], "one server" in few[1]) == ("warn", True)
+        good, gone = await examined(nats.url, "nats://127.0.0.1:1")
+        assert (good[0], gone[0], "127.0.0.1:1: No NATS server can be reached" in gone[1]) == ("ok", "fail", True)
+        assert "the setting bus" in gone[2]
+        refused, *_ = await examined(strict.url)
+        assert (refused[0], "refuses us" in refused[1], "bus_credentials" in refused[2]) == ("fail", True, True)
+        credentials = tmp_path / "credentials"
+        credentials.write_text("tidings:secret")
+        credentials.chmod(0o600)
+        deaf, *_ = await examined(strict.url, environment={"TIDINGS_BUS_CREDENTIALS": str(credentials)})
+        assert (deaf[0], "does not arrive" in deaf[1]) == ("fail", True)

@@ -21,13 +21,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cryptography import x509
 
 from tidings.server.clock import Clock, SystemClock
 from tidings.server.config import Config, ConfigError, load_config
 from tidings.server.errors import TidingsError, UnsafeStore
+
+if TYPE_CHECKING:
+    from tidings.server.bus.nats_link import NatsLink
 
 __all__ = ["Finding", "examine", "has_wal_reset_bug", "worst"]
 
@@ -341,6 +344,112 @@ async def _postgres_speed(connection: Any) -> Finding:
     return Finding("ok", "commit", what)
 
 
+# --- the bus ---------------------------------------------------------------------------------------------------------
+
+# A node tries for longer at its start; whoever asks the doctor waits for the answer.
+_BUS_SECONDS = 3.0
+# Between machines of one room it is under a millisecond. Presence and typing wait for it, messages do not.
+_BUS_SLOW_SECONDS = 0.050
+_BUS_ROUNDS = 10
+
+
+def check_bus(config: Config) -> Iterator[Finding]:
+    """Each NATS server can be reached with our credentials, delivers, says when nobody listens, and answers in time."""
+
+    async def look() -> list[Finding]:
+        return list(await asyncio.gather(*(_bus_server(config, url) for url in config.bus_servers)))
+
+    findings = asyncio.run(look())
+    yield from findings
+    reached = sum(finding.status != "fail" for finding in findings)
+    if len(findings) == 1 and reached:
+        yield Finding(
+            "warn", "bus", "one server: without it nodes do not hear each other", "Name three, each on its own machine."
+        )
+
+
+async def _bus_server(config: Config, url: str) -> Finding:
+    import ssl
+
+    from tidings.server.bus.nats_link import NatsLink, NatsRefused, read_address, read_credentials
+    from tidings.server.config import is_loopback
+    from tidings.server.errors import BusUnavailable
+
+    address = read_address(url)
+    path = config.bus_credentials
+    plain = not address.tls and not is_loopback(address.host)
+    try:
+        tls = ssl.create_default_context(cafile=None if config.bus_ca is None else str(config.bus_ca))
+        # As two nodes: a server does not send us what we have published ourselves.
+        links = [
+            NatsLink(
+                [address],
+                name="tidings doctor",
+                credentials=lambda: None if path is None else read_credentials(path),
+                tls=tls,
+            )
+            for _ in range(2)
+        ]
+        try:
+            for link in links:
+                await link.open(_BUS_SECONDS)
+            mouth, ear = links
+            return await _bus_answers(mouth, ear, config, str(address), plain=plain)
+        finally:
+            for link in links:
+                await link.close()
+    except NatsRefused as error:
+        return Finding("fail", "bus", str(error), "Look at bus_credentials and the server's accounts.")
+    except (BusUnavailable, OSError, ValueError) as error:
+        return Finding("fail", "bus", f"{address}: {error}", "Look at the setting bus, the server and the way to it.")
+
+
+async def _bus_answers(mouth: "NatsLink", ear: "NatsLink", config: Config, address: str, *, plain: bool) -> Finding:
+    """What comes of publishing from one to the other, and of asking where nobody listens."""
+    subject = f"{config.cluster}.doctor.{os.urandom(6).hex()}".encode()
+    heard: asyncio.Queue[bool] = asyncio.Queue()
+    for link, where in ((ear, subject), (mouth, subject + b".reply")):
+        link.subscribe(where, lambda subject, reply, data, nobody: heard.put_nowait(nobody))
+        await link.settled(_BUS_SECONDS)
+    taken = []
+    try:
+        async with asyncio.timeout(_BUS_SECONDS):
+            for _ in range(_BUS_ROUNDS):
+                begun = time.perf_counter()
+                mouth.publish(subject, b"hello")
+                await heard.get()
+                taken.append(time.perf_counter() - begun)
+    except TimeoutError:
+        return Finding(
+            "fail",
+            "bus",
+            f"{address}: what is published on {config.cluster}.> does not arrive",
+            "Allow our account to publish and subscribe there.",
+        )
+    try:
+        async with asyncio.timeout(_BUS_SECONDS):
+            mouth.publish(subject + b".nobody", b"", reply=subject + b".reply")
+            nobody = await heard.get()
+    except TimeoutError:
+        nobody = False
+    seconds = statistics.median(taken)
+    what = f"{address}: {seconds * 1000:.2f} ms there and back (median of {_BUS_ROUNDS})"
+    if not nobody:
+        return Finding(
+            "fail",
+            "bus",
+            f"{address}: does not say that nobody listens",
+            "Presence needs it: run nats-server 2.2 or later.",
+        )
+    if plain:
+        return Finding(
+            "warn", "bus", what + ", not encrypted", "tls:// in the setting bus, unless the network is private."
+        )
+    if seconds > _BUS_SLOW_SECONDS:
+        return Finding("warn", "bus", what + ": presence and typing wait for this", "Put it nearer to the nodes.")
+    return Finding("ok", "bus", what)
+
+
 # --- the machine -----------------------------------------------------------------------------------------------------
 
 # Tokens and certificates of any use are newer than this program.
@@ -488,6 +597,8 @@ def examine(
         yield check_sqlite()
     else:
         yield from check_postgres(config)
+    if config.bus_servers:
+        yield from check_bus(config)
     yield check_data_dir(config.data_dir)
     yield check_key_file(config.key_file)
     yield check_disk_space(config.data_dir)

@@ -24,7 +24,7 @@ def doctor(
     port: Annotated[int | None, Parameter(help="Port that the server will listen on.")] = None,
     json: Annotated[bool, Parameter(help="Answer with one JSON document.", negative="")] = False,
 ) -> None:
-    """Look for what will go wrong: settings, disk or database, keys, limits, clock, port.
+    """Look for what will go wrong: settings, disk or database, bus, keys, limits, clock, port.
 
     Changes nothing. Run it as the user that runs the server. Exit status 1 when something would keep the server from
     working; warnings alone leave it 0.
@@ -40,7 +40,10 @@ def doctor(
         tidings doctor --json
     """
     from tidings.server.doctor import examine, worst
+    from tidings.server.telemetry import setup_logging
 
+    # What is found is told below, and by nobody else.
+    setup_logging(level="error")
     overrides = {"data_dir": data_dir, "store": store, "host": host, "port": port}
     err = console()
     findings: list[Finding] = []
