@@ -435,6 +435,14 @@ MUTANTS: list[Mutant] = [
         tests=["tests/ops/test_root_keys.py", "-k", "prepared"],
     ),
     Mutant(
+        check="D2",
+        why="over PostgreSQL, acknowledge what is not on the disk",
+        file="src/tidings/server/store/postgres.py",
+        old="        if asynchronous and allow_unsafe:\n",
+        new="        if True:\n",
+        tests=["tests/checks/test_d02_power_cuts.py", "-k", "survives_power_cuts and postgres"],
+    ),
+    Mutant(
         check="start",
         why="nodes that start at once make a first app each",
         file="src/tidings/server/services/founding.py",

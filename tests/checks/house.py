@@ -126,7 +126,12 @@ class Wire:
         self._changed.set()
 
     async def post(self, type: str, **fields: Any) -> asyncio.Future[dict[str, Any]]:
-        """Send a command; its reply as a future, which fails with ConnectionError when the line is cut first."""
+        """Send a command; its reply as a future, which fails with ConnectionError when the line is cut first.
+
+        Raises ConnectionError when it was cut before: nobody would read the reply.
+        """
+        if self.closed is not None:
+            raise ConnectionError(f"closed: {self.closed}")
         self._ref += 1
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._replies[self._ref] = future

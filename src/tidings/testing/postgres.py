@@ -12,6 +12,7 @@ not). Like `ServerProcess` it is left behind by nobody: it is ended by its own p
 the latest, and the kernel ends it should its starter be killed.
 """
 
+import contextlib
 import importlib.util
 import os
 import secrets
@@ -275,7 +276,9 @@ class PostgresProcess:
         while time.monotonic() < deadline:
             lock = self.data / "postmaster.pid"
             if not any(mark in _cwd(pid) for pid in _everybody()):
-                lock.unlink(missing_ok=True)
+                # On a disk that is gone it stays; the next start looks again.
+                with contextlib.suppress(OSError):
+                    lock.unlink(missing_ok=True)
                 return
             time.sleep(POLL_S)  # why: the pace of a loop that looks at a condition
 
