@@ -96,7 +96,7 @@ class Disk:
             except subprocess.CalledProcessError:
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(0.05)
+                time.sleep(0.05)  # why: the pace of a loop that looks at a condition
         self._mount()
 
     def _mount(self) -> None:
