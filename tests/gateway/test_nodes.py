@@ -13,15 +13,17 @@ import httpx
 import pytest
 
 from tests.nats import cluster, nats
-from tidings.server.bus.base import Joined, Notice, Published
+from tidings.server.bus.base import Crowd, Joined, Notice, Published
 from tidings.server.bus.nats import NatsBus
 from tidings.server.errors import NotFound, Refusal
+from tidings.server.gateway import crowds
 from tidings.server.gateway import nodes as nodes_module
 from tidings.server.gateway.http import http_routes
 from tidings.server.rest import create_rest_app
 from tidings.server.services.messages import Draft
 from tidings.testing.chaos import ChaosProxy
 from tidings.testing.nats import NatsProcess
+from tidings.wire import limits
 from tidings.wire.requests import MemberUpdate
 
 from .world import PATIENCE, Node, RecordingPeer, open_node
@@ -595,6 +597,36 @@ async def test_readiness_tells_that_the_bus_is_away(nodes: Cluster, a: Node, far
 
 
 # ---------------------------------------------------------------- signals and presence
+
+
+async def test_how_many_type_in_a_large_channel_is_added_up_across_nodes(
+    nodes: Cluster, a: Node, b: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "RECEIPTS_MEMBERS_MAX", 1)
+    monkeypatch.setattr(crowds, "CROWD_SECONDS", 0.01)
+    await a.add("c", "carol")
+    alice, bob, carol = await a.connect("alice"), await b.connect("bob"), await b.connect("carol")
+    await nodes.settle()
+
+    def counted(peer: RecordingPeer) -> list[int]:
+        return [frame["count"] for frame in peer.of("typing")]
+
+    await alice.ask("typing", channel="c")
+    for peer in (alice, bob, carol):
+        await peer.until(lambda peer=peer: counted(peer) == [1])
+    await bob.ask("typing", channel="c")
+    await carol.ask("typing", channel="c")
+    for peer in (alice, bob, carol):
+        await peer.until(lambda peer=peer: counted(peer)[-1] == 3)
+    await bob.ask("typing", channel="c", on=False)
+    for peer in (alice, bob, carol):
+        await peer.until(lambda peer=peer: counted(peer)[-1] == 2)
+    # What the other node says no more counts no more: its typing lapses here whether it can say so or not.
+    deaf(a, monkeypatch, lambda notice: isinstance(notice, Crowd))
+    a.clock.advance(crowds.CROWD_SHOWN_MS / 1000)
+    for peer in (alice, bob, carol):
+        await peer.until(lambda peer=peer: counted(peer)[-1] == 0)
+    await until(lambda: not len(a.gateway.crowds) and not len(b.gateway.crowds))
 
 
 async def test_typing_and_receipts_are_told_across_nodes(nodes: Cluster, a: Node, b: Node) -> None:
