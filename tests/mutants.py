@@ -819,6 +819,14 @@ MUTANTS: list[Mutant] = [
         tests=["tests/gateway/test_typing.py", "-k", "once_in_its_time"],
     ),
     Mutant(
+        check="large",
+        why="whoever asks for a role has every member looked at",
+        file="src/tidings/server/services/membership.py",
+        old=" AND m.role=?",
+        new=" AND coalesce(m.role,'')=?",
+        tests=["tests/services/test_members_role.py", "-k", "come_from_the_index"],
+    ),
+    Mutant(
         check="G9",
         why="nobody is told that people type in a large channel",
         file="src/tidings/server/gateway/gateway.py",
