@@ -819,6 +819,22 @@ MUTANTS: list[Mutant] = [
         tests=["tests/gateway/test_typing.py", "-k", "once_in_its_time"],
     ),
     Mutant(
+        check="S6 nodes",
+        why="sessions are asked about one by one",
+        file="src/tidings/server/gateway/doubts.py",
+        old="            some = list(islice(self._credentials, RECHECK_BATCH))\n",
+        new="            some = list(islice(self._credentials, 1))\n",
+        tests=["tests/gateway/test_nodes.py", "-k", "asks_about_all"],
+    ),
+    Mutant(
+        check="S6 nodes",
+        why="among many, nobody's token is looked for among the revoked",
+        file="src/tidings/server/services/auth.py",
+        old="            gone = one.jti is not None and (app.app, revoked_name(user, one.jti)) in revoked\n",
+        new="            gone = False\n",
+        tests=["tests/services/test_auth.py", "-k", "looked_at_together"],
+    ),
+    Mutant(
         check="large",
         why="whoever asks for a role has every member looked at",
         file="src/tidings/server/services/membership.py",

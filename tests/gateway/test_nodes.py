@@ -520,6 +520,31 @@ async def test_a_node_that_is_cut_off_trusts_nothing_it_remembers(
         await far.services.auth.refresh(carol.actor)
 
 
+async def test_a_node_that_is_cut_off_asks_about_all_its_sessions_together(
+    nodes: Cluster, a: Node, far: Node, proxy: ChaosProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await nodes.settle()
+    peers = [await far.connect(user, f"d{n}") for user in ("alice", "bob", "carol") for n in range(10)]
+    await cut_off(far, proxy)
+    await a.services.auth.revoke(a.backend, "carol")
+    asked: list[int] = []
+    recheck_all = far.services.auth.recheck_all
+
+    async def counted(many: Any) -> Any:
+        asked.append(len(many))
+        return await recheck_all(many)
+
+    monkeypatch.setattr(far.services.auth, "recheck_all", counted)
+    assert far.gateway.nodes is not None
+    await far.gateway.nodes.turn()
+    for peer in peers[20:]:
+        await peer.until(lambda peer=peer: peer.closed_with is not None)
+        assert peer.of("error")[0]["code"] == "token_revoked"
+    await until(lambda: sum(asked) == 30)
+    assert asked == [30]
+    assert not [peer for peer in peers[:20] if peer.ended]
+
+
 async def test_what_a_node_decides_while_it_is_cut_off_is_told_to_the_others_through_the_store(
     nodes: Cluster, a: Node, far: Node, proxy: ChaosProxy
 ) -> None:
