@@ -819,6 +819,22 @@ MUTANTS: list[Mutant] = [
         tests=["tests/gateway/test_typing.py", "-k", "once_in_its_time"],
     ),
     Mutant(
+        check="types",
+        why="a type that is remembered makes channels though it was deleted",
+        file="src/tidings/server/services/channels.py",
+        old="                await self._check_type(tx, app, body.type)\n",
+        new="                pass\n",
+        tests=["tests/gateway/test_nodes.py", "-k", "deleted_elsewhere"],
+    ),
+    Mutant(
+        check="types",
+        why="who makes a channel does not hold its type",
+        file="src/tidings/server/services/channels.py",
+        old=" + tx.for_key_share, app.app, name)",
+        new=", app.app, name)",
+        tests=["tests/gateway/test_nodes.py", "-k", "not_deleted_while"],
+    ),
+    Mutant(
         check="S6 nodes",
         why="sessions are asked about one by one",
         file="src/tidings/server/gateway/doubts.py",

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import httpx
 import pytest
 
@@ -20,11 +21,13 @@ from tidings.server.gateway import crowds
 from tidings.server.gateway import nodes as nodes_module
 from tidings.server.gateway.http import http_routes
 from tidings.server.rest import create_rest_app
+from tidings.server.services import channels as channels_module
+from tidings.server.services.access import backend_actor
 from tidings.server.services.messages import Draft
 from tidings.testing.chaos import ChaosProxy
 from tidings.testing.nats import NatsProcess
 from tidings.wire import limits
-from tidings.wire.requests import MemberUpdate
+from tidings.wire.requests import ChannelCreate, ChannelTypePut, MemberUpdate
 
 from .world import PATIENCE, Node, RecordingPeer, open_node
 
@@ -462,6 +465,86 @@ async def test_changes_of_roles_reach_what_other_nodes_remember(nodes: Cluster, 
     await a.services.members.update(a.backend, "c", "bob", MemberUpdate(role="reader"))
     await until(lambda: b.gateway.access.cached(bob.actor, "c") is None)
     assert (await bob.ask("message.send", channel="c", key="2", text="x"))["code"] == "forbidden"
+
+
+async def types_of(node: Node) -> list[str]:
+    return [name for (name,) in await node.rows("SELECT name FROM channel_types")]
+
+
+async def test_a_type_that_was_deleted_elsewhere_makes_no_channel_though_it_is_remembered(
+    nodes: Cluster, a: Node, b: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await a.services.admin.put_type(a.backend, "visit", ChannelTypePut())
+    await nodes.settle()
+    remembered = backend_actor(await b.services.apps.get(b.app_id), "k1")
+    assert "visit" in remembered.app.types
+    deaf(b, monkeypatch)
+    await a.services.admin.delete_type(a.backend, "visit")
+    with pytest.raises(Refusal) as caught:
+        await b.services.channels.create(remembered, ChannelCreate(id="v", type="visit", members=["alice"]))
+    assert (caught.value.code, caught.value.field) == ("invalid_field", "type")
+    assert not await a.rows("SELECT id FROM channels WHERE id='v'")
+
+
+async def test_a_type_is_not_deleted_while_a_channel_of_it_is_being_made(
+    nodes: Cluster, a: Node, b: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if a.config.embedded:
+        pytest.skip("SQLite's writers queue: nothing comes between")
+    await a.services.admin.put_type(a.backend, "visit", ChannelTypePut())
+    maker = backend_actor(await a.services.apps.get(a.app_id), "k1")
+    insert_new, stop = channels_module.insert_new, 4711
+
+    async def stopping(tx: Any, *args: Any) -> None:
+        await tx.one("SELECT 1 FROM pg_advisory_xact_lock(?)", stop)
+        await insert_new(tx, *args)
+
+    async def waiting(kinds: str) -> bool:
+        return bool(await a.rows(f"SELECT 1 FROM pg_locks WHERE NOT granted AND locktype IN ({kinds})"))
+
+    monkeypatch.setattr(channels_module, "insert_new", stopping)
+    holder = await asyncpg.connect(a.config.store)
+    try:
+        await holder.execute("SELECT pg_advisory_lock($1)", stop)
+        # In the middle of the transaction that makes the channel …
+        making = asyncio.create_task(
+            b.services.channels.create(maker, ChannelCreate(id="v", type="visit", members=["alice"]))
+        )
+        async with asyncio.timeout(PATIENCE):
+            while not await waiting("'advisory'"):
+                await asyncio.sleep(0.005)  # why: looking again, not waiting for the thing itself
+            # … another node is asked to delete its type: it waits, or else is done.
+            deleting = asyncio.create_task(a.services.admin.delete_type(a.backend, "visit"))
+            while not deleting.done() and not await waiting("'transactionid','tuple'"):
+                await asyncio.sleep(0.005)  # why: looking again, not waiting for the thing itself
+    finally:
+        await holder.close()
+    await making
+    with pytest.raises(Refusal) as caught:
+        await deleting
+    assert caught.value.code == "conflict"
+    assert await types_of(a) == ["visit"]
+
+
+async def test_of_a_type_and_a_channel_of_it_never_only_the_channel_is_left(nodes: Cluster, a: Node, b: Node) -> None:
+    for number in range(20):
+        name = f"visit-{number}"
+        await a.services.admin.put_type(a.backend, name, ChannelTypePut())
+        maker = backend_actor(await a.services.apps.get(a.app_id), "k1")
+        outcomes = await asyncio.gather(
+            a.services.admin.delete_type(a.backend, name),
+            *(
+                b.services.channels.create(maker, ChannelCreate(id=f"{name}-{n}", type=name, members=["alice"]))
+                for n in range(3)
+            ),
+            return_exceptions=True,
+        )
+        deleted = outcomes[0] is None
+        assert all(outcome is None or isinstance(outcome, tuple | Refusal) for outcome in outcomes), outcomes
+        made = await a.rows("SELECT id FROM channels WHERE type=?", name)
+        assert (name in await types_of(a)) is not deleted
+        assert not (deleted and made)
+        assert deleted or made
 
 
 async def test_what_an_app_defines_on_one_node_counts_on_the_others(nodes: Cluster, a: Node, b: Node) -> None:
