@@ -819,6 +819,22 @@ MUTANTS: list[Mutant] = [
         tests=["tests/gateway/test_typing.py", "-k", "once_in_its_time"],
     ),
     Mutant(
+        check="D18 nodes",
+        why="among 80,000 streams a lost last event is found after a quarter of a minute",
+        file="src/tidings/server/gateway/nodes.py",
+        old="TURN_STREAMS_MAX: Final = 30_000",
+        new="TURN_STREAMS_MAX: Final = 5_000",
+        tests=["tests/gateway/test_nodes.py", "-k", "eighty_thousand"],
+    ),
+    Mutant(
+        check="D18 nodes",
+        why="what has grown by one event is passed over",
+        file="src/tidings/server/store/log.py",
+        old=" JOIN streams s ON s.sid=k.sid WHERE s.head>k.head",
+        new=" JOIN streams s ON s.sid=k.sid WHERE s.head>k.head+1",
+        tests=["tests/services/test_sync.py", "-k", "have_grown"],
+    ),
+    Mutant(
         check="types",
         why="a type that is remembered makes channels though it was deleted",
         file="src/tidings/server/services/channels.py",

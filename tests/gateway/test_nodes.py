@@ -20,6 +20,7 @@ from tidings.server.errors import NotFound, Refusal
 from tidings.server.gateway import crowds
 from tidings.server.gateway import nodes as nodes_module
 from tidings.server.gateway.http import http_routes
+from tidings.server.gateway.hub import Stream
 from tidings.server.rest import create_rest_app
 from tidings.server.services import channels as channels_module
 from tidings.server.services.access import backend_actor
@@ -310,13 +311,13 @@ async def test_a_turn_costs_a_bounded_number_of_streams_however_many_there_are(
     monkeypatch.setattr(nodes_module, "TURN_STREAMS_MAX", 7)
     monkeypatch.setattr(nodes_module, "IN_FLIGHT_SECONDS", 0.0)
     asked: list[int] = []
-    heads_of = b.services.sync.heads_of
+    grown = b.services.sync.grown
 
-    async def counted(sids: list[int]) -> Any:
-        asked.append(len(sids))
-        return await heads_of(sids)
+    async def counted(heads: dict[int, int]) -> Any:
+        asked.append(len(heads))
+        return await grown(heads)
 
-    monkeypatch.setattr(b.services.sync, "heads_of", counted)
+    monkeypatch.setattr(b.services.sync, "grown", counted)
     assert b.gateway.nodes is not None
     b.gateway.nodes._again.clear()
     b.gateway.nodes._round.clear()
@@ -327,6 +328,27 @@ async def test_a_turn_costs_a_bounded_number_of_streams_however_many_there_are(
     assert sum(asked) == streams
     for name in names:
         await peer.until(lambda name=name: peer.events(name))
+
+
+async def test_eighty_thousand_streams_have_had_their_turn_within_three(
+    nodes: Cluster, a: Node, b: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await nodes.settle()
+    assert b.gateway.nodes is not None
+    b.gateway.nodes._again.clear()
+    b.gateway.nodes._round.clear()
+    compared: set[int] = set()
+
+    async def none_has(heads: dict[int, int]) -> dict[int, int]:
+        compared.update(heads)
+        return {}
+
+    with monkeypatch.context() as patched:
+        patched.setattr(b.services.sync, "grown", none_has)
+        patched.setattr(b.gateway.hub, "streams", {sid: Stream(sid, 1, f"r{sid}", "e", 1) for sid in range(80_000)})
+        for _ in range(3):
+            await b.gateway.nodes.turn()
+        assert len(compared) == 80_000
 
 
 # ---------------------------------------------------------------- access

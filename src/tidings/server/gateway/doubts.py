@@ -43,8 +43,7 @@ class Doubts:
         gateway.hub.doubt()
         for connection in list(gateway.connections):
             connection.access_changed()
-        sids = list(gateway.hub.streams)
-        gateway.hub.recheck(await gateway.sync.heads_of(sids))
+        gateway.hub.recheck(await gateway.sync.grown(gateway.hub.heads(list(gateway.hub.streams))))
 
     # ------------------------------------------------------------ memberships
 
