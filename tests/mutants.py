@@ -1284,7 +1284,7 @@ MUTANTS: list[Mutant] = [
         file="src/tidings/server/gateway/nodes.py",
         old="            self._gateway.metrics.bus_healed.inc(hub.recheck(ahead))",
         new="            self._gateway.metrics.bus_healed.inc(len(ahead) * 0)",
-        tests=["tests/cluster/test_replay.py"],
+        tests=["tests/cluster/test_access.py", "-k", "died_before_it_told"],
     ),
     Mutant(
         check="S2",
