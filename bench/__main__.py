@@ -49,6 +49,8 @@ SCENARIOS = (
     Scenario("workers", "durable sends over PostgreSQL and NATS, one worker and two", "cluster", "run_workers"),
     Scenario("cluster-fanout", "200 members on one node, and spread over two", "cluster", "run_fanout"),
     Scenario("cluster-quiet", "one missed message among 10,000 channels, two nodes", "cluster", "run_quiet"),
+    Scenario("doubts", "a node cut off: 20,000 sessions asked about again", "doubts"),
+    Scenario("healing", "a lost last event among 80,000 streams of a node", "doubts", "run_healing"),
     Scenario("start", "from the command to an answer", "start"),
 )
 

@@ -14,6 +14,7 @@ ON_BOTH = frozenset(
         "services/test_messages.py",
         "services/test_receipts.py",
         "services/test_counting.py",
+        "services/test_members_role.py",
         "services/test_sync.py",
         "services/test_users.py",
         "services/test_admin.py",

@@ -82,6 +82,7 @@ class Site:
     nodes: list[Node]
     postgres: PostgresProcess
     nats: list[NatsProcess]
+    key_file: Path
 
 
 @contextmanager
@@ -114,7 +115,7 @@ async def open_site(nodes: int = 3, **settings: str) -> AsyncIterator[Site]:
         house = House(made[0].server, *app, store_url=postgres.url(), url=f"http://127.0.0.1:{balancer.port}")
         house.ports = ports
         stack.push_async_callback(house.close)
-        yield Site(house, made, postgres, nats)
+        yield Site(house, made, postgres, nats, folder / "root.key")
 
 
 async def _node(

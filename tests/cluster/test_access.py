@@ -6,6 +6,7 @@ import asyncio
 import statistics
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,10 @@ from tests.checks.house import PATIENCE_S, House, Wire
 from tests.cluster.site import Site
 from tidings.client import Rest
 from tidings.client.errors import Refused
+from tidings.server.app import open_core
+from tidings.server.config import Config
+from tidings.server.services.access import backend_actor
+from tidings.server.services.messages import Draft
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -130,21 +135,46 @@ async def _refused(rest: Rest) -> bool:
 
 async def test_s2_and_s6_hold_for_a_node_that_is_cut_off_from_the_bus(site: Site, backends: list[Rest]) -> None:
     house: House = site.house
-    await house.users("cut.ann", "cut.bob", "cut.carol")
-    channel = await house.channel("cut.ann", "cut.bob")
+    # More than once: that it is cut off is told through the store, and makes everybody look one time.
+    rounds = range(3)
+    await house.users("cut.ann", *(f"cut.{who}{number}" for who in ("bob", "carol") for number in rounds))
+    channel = await house.channel("cut.ann", *(f"cut.bob{number}" for number in rounds))
     far = site.nodes[1]
-    bob = await house.wire("cut.bob", port=far.port)
-    carol = await house.wire("cut.carol", port=far.port)
+    bobs = [await house.wire(f"cut.bob{number}", port=far.port) for number in rounds]
+    carols = [await house.wire(f"cut.carol{number}", port=far.port) for number in rounds]
     await far.cut_off_from_bus()
     try:
         await far.until_status({"status": "ok", "bus": "cut_off"})
-        await backends[0].members.remove(channel, "cut.bob")
-        await backends[2].users.revoke_tokens("cut.carol")
-        took = [
-            await soon("he heard that he is out", lambda: left(bob), bob),
-            await soon("she was sent away", lambda: carol.closed is not None, carol),
-        ]
+        took = []
+        for number, (bob, carol) in enumerate(zip(bobs, carols, strict=True)):
+            await backends[0].members.remove(channel, f"cut.bob{number}")
+            await backends[2].users.revoke_tokens(f"cut.carol{number}")
+            took += [
+                await soon("he heard that he is out", lambda bob=bob: left(bob), bob),
+                await soon("she was sent away", lambda carol=carol: carol.closed is not None, carol),
+            ]
         assert max(took) <= SECONDS_MAX_ONCE, took
     finally:
         await far.mend()
     await far.until_status({"status": "ok"})
+
+
+async def test_d13_what_was_committed_by_a_node_that_died_before_it_told_is_heard_all_the_same(
+    site: Site, tmp_path: Path
+) -> None:
+    house = site.house
+    await house.users("d13.ann", "d13.bob")
+    channel = await house.channel("d13.ann", "d13.bob")
+    wires = [await house.wire("d13.bob", device=f"d{place}", port=node.port) for place, node in enumerate(site.nodes)]
+    first = await wires[0].send(channel, "told", key="1")
+    for wire in wires:
+        await wire.until_seq(channel, first["seq"])
+    # A node that reaches nobody over the bus, and is gone before it could.
+    config = Config(data_dir=tmp_path, store=site.postgres.url(), key_file=site.key_file)
+    async with open_core(config) as core:
+        backend = backend_actor(await core.services.apps.get(house.app), "k1")
+        last = await core.services.messages.send(backend, channel, Draft(text="not told"), "2")
+    assert last.seq == first["seq"] + 1
+    # Nothing follows by which it would be missed.
+    for wire in wires:
+        await wire.until_seq(channel, last.seq)

@@ -16,6 +16,7 @@ from tidings.server.bus.base import (
     AccessChanged,
     Arrived,
     Bus,
+    Crowd,
     Joined,
     Left,
     Lost,
@@ -181,7 +182,7 @@ class BusContract:
         await b.settle()
         there = Ear(b)
         said: list[Notice] = [Signal(APP, name.encode(), user=name, skip_session="s_1") for name in names]
-        said += [Signal(APP, b"typing", sid=7), Arrived(APP, "a.b", "phone", "s_2", 5)]
+        said += [Signal(APP, b"typing", sid=7), Crowd("n", 7, 12), Arrived(APP, "a.b", "phone", "s_2", 5)]
         for notice in said:
             a.publish(notice)
         await there.hears(*said)
@@ -219,6 +220,7 @@ class ApartContract(BusContract):
         there = Ear(b)
         a.publish(Published(7, 1, b"x"))
         a.publish(Signal(APP, b"x", sid=7))
+        a.publish(Crowd("n", 7, 12))
         a.publish(Signal(APP, b"x", user="alice"))
         a.publish(Shown(APP, "bob"))
         await through(a, there)

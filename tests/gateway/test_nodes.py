@@ -9,20 +9,26 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import httpx
 import pytest
 
 from tests.nats import cluster, nats
-from tidings.server.bus.base import Joined, Notice, Published
+from tidings.server.bus.base import Crowd, Joined, Notice, Published
 from tidings.server.bus.nats import NatsBus
 from tidings.server.errors import NotFound, Refusal
+from tidings.server.gateway import crowds
 from tidings.server.gateway import nodes as nodes_module
 from tidings.server.gateway.http import http_routes
+from tidings.server.gateway.hub import Stream
 from tidings.server.rest import create_rest_app
+from tidings.server.services import channels as channels_module
+from tidings.server.services.access import backend_actor
 from tidings.server.services.messages import Draft
 from tidings.testing.chaos import ChaosProxy
 from tidings.testing.nats import NatsProcess
-from tidings.wire.requests import MemberUpdate
+from tidings.wire import limits
+from tidings.wire.requests import ChannelCreate, ChannelTypePut, MemberUpdate
 
 from .world import PATIENCE, Node, RecordingPeer, open_node
 
@@ -305,13 +311,13 @@ async def test_a_turn_costs_a_bounded_number_of_streams_however_many_there_are(
     monkeypatch.setattr(nodes_module, "TURN_STREAMS_MAX", 7)
     monkeypatch.setattr(nodes_module, "IN_FLIGHT_SECONDS", 0.0)
     asked: list[int] = []
-    heads_of = b.services.sync.heads_of
+    grown = b.services.sync.grown
 
-    async def counted(sids: list[int]) -> Any:
-        asked.append(len(sids))
-        return await heads_of(sids)
+    async def counted(heads: dict[int, int]) -> Any:
+        asked.append(len(heads))
+        return await grown(heads)
 
-    monkeypatch.setattr(b.services.sync, "heads_of", counted)
+    monkeypatch.setattr(b.services.sync, "grown", counted)
     assert b.gateway.nodes is not None
     b.gateway.nodes._again.clear()
     b.gateway.nodes._round.clear()
@@ -322,6 +328,27 @@ async def test_a_turn_costs_a_bounded_number_of_streams_however_many_there_are(
     assert sum(asked) == streams
     for name in names:
         await peer.until(lambda name=name: peer.events(name))
+
+
+async def test_eighty_thousand_streams_have_had_their_turn_within_three(
+    nodes: Cluster, a: Node, b: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await nodes.settle()
+    assert b.gateway.nodes is not None
+    b.gateway.nodes._again.clear()
+    b.gateway.nodes._round.clear()
+    compared: set[int] = set()
+
+    async def none_has(heads: dict[int, int]) -> dict[int, int]:
+        compared.update(heads)
+        return {}
+
+    with monkeypatch.context() as patched:
+        patched.setattr(b.services.sync, "grown", none_has)
+        patched.setattr(b.gateway.hub, "streams", {sid: Stream(sid, 1, f"r{sid}", "e", 1) for sid in range(80_000)})
+        for _ in range(3):
+            await b.gateway.nodes.turn()
+        assert len(compared) == 80_000
 
 
 # ---------------------------------------------------------------- access
@@ -462,6 +489,86 @@ async def test_changes_of_roles_reach_what_other_nodes_remember(nodes: Cluster, 
     assert (await bob.ask("message.send", channel="c", key="2", text="x"))["code"] == "forbidden"
 
 
+async def types_of(node: Node) -> list[str]:
+    return [name for (name,) in await node.rows("SELECT name FROM channel_types")]
+
+
+async def test_a_type_that_was_deleted_elsewhere_makes_no_channel_though_it_is_remembered(
+    nodes: Cluster, a: Node, b: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await a.services.admin.put_type(a.backend, "visit", ChannelTypePut())
+    await nodes.settle()
+    remembered = backend_actor(await b.services.apps.get(b.app_id), "k1")
+    assert "visit" in remembered.app.types
+    deaf(b, monkeypatch)
+    await a.services.admin.delete_type(a.backend, "visit")
+    with pytest.raises(Refusal) as caught:
+        await b.services.channels.create(remembered, ChannelCreate(id="v", type="visit", members=["alice"]))
+    assert (caught.value.code, caught.value.field) == ("invalid_field", "type")
+    assert not await a.rows("SELECT id FROM channels WHERE id='v'")
+
+
+async def test_a_type_is_not_deleted_while_a_channel_of_it_is_being_made(
+    nodes: Cluster, a: Node, b: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if a.config.embedded:
+        pytest.skip("SQLite's writers queue: nothing comes between")
+    await a.services.admin.put_type(a.backend, "visit", ChannelTypePut())
+    maker = backend_actor(await a.services.apps.get(a.app_id), "k1")
+    insert_new, stop = channels_module.insert_new, 4711
+
+    async def stopping(tx: Any, *args: Any) -> None:
+        await tx.one("SELECT 1 FROM pg_advisory_xact_lock(?)", stop)
+        await insert_new(tx, *args)
+
+    async def waiting(kinds: str) -> bool:
+        return bool(await a.rows(f"SELECT 1 FROM pg_locks WHERE NOT granted AND locktype IN ({kinds})"))
+
+    monkeypatch.setattr(channels_module, "insert_new", stopping)
+    holder = await asyncpg.connect(a.config.store)
+    try:
+        await holder.execute("SELECT pg_advisory_lock($1)", stop)
+        # In the middle of the transaction that makes the channel …
+        making = asyncio.create_task(
+            b.services.channels.create(maker, ChannelCreate(id="v", type="visit", members=["alice"]))
+        )
+        async with asyncio.timeout(PATIENCE):
+            while not await waiting("'advisory'"):
+                await asyncio.sleep(0.005)  # why: looking again, not waiting for the thing itself
+            # … another node is asked to delete its type: it waits, or else is done.
+            deleting = asyncio.create_task(a.services.admin.delete_type(a.backend, "visit"))
+            while not deleting.done() and not await waiting("'transactionid','tuple'"):
+                await asyncio.sleep(0.005)  # why: looking again, not waiting for the thing itself
+    finally:
+        await holder.close()
+    await making
+    with pytest.raises(Refusal) as caught:
+        await deleting
+    assert caught.value.code == "conflict"
+    assert await types_of(a) == ["visit"]
+
+
+async def test_of_a_type_and_a_channel_of_it_never_only_the_channel_is_left(nodes: Cluster, a: Node, b: Node) -> None:
+    for number in range(20):
+        name = f"visit-{number}"
+        await a.services.admin.put_type(a.backend, name, ChannelTypePut())
+        maker = backend_actor(await a.services.apps.get(a.app_id), "k1")
+        outcomes = await asyncio.gather(
+            a.services.admin.delete_type(a.backend, name),
+            *(
+                b.services.channels.create(maker, ChannelCreate(id=f"{name}-{n}", type=name, members=["alice"]))
+                for n in range(3)
+            ),
+            return_exceptions=True,
+        )
+        deleted = outcomes[0] is None
+        assert all(outcome is None or isinstance(outcome, tuple | Refusal) for outcome in outcomes), outcomes
+        made = await a.rows("SELECT id FROM channels WHERE type=?", name)
+        assert (name in await types_of(a)) is not deleted
+        assert not (deleted and made)
+        assert deleted or made
+
+
 async def test_what_an_app_defines_on_one_node_counts_on_the_others(nodes: Cluster, a: Node, b: Node) -> None:
     before = await b.services.apps.get(b.app_id)
     await a.services.admin.put_role(a.backend, "app", "auditor", ["audit.read"])
@@ -516,6 +623,31 @@ async def test_a_node_that_is_cut_off_trusts_nothing_it_remembers(
     assert "c" not in {stream.name for stream in bob.streams.values()}
     with pytest.raises(Refusal):
         await far.services.auth.refresh(carol.actor)
+
+
+async def test_a_node_that_is_cut_off_asks_about_all_its_sessions_together(
+    nodes: Cluster, a: Node, far: Node, proxy: ChaosProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await nodes.settle()
+    peers = [await far.connect(user, f"d{n}") for user in ("alice", "bob", "carol") for n in range(10)]
+    await cut_off(far, proxy)
+    await a.services.auth.revoke(a.backend, "carol")
+    asked: list[int] = []
+    recheck_all = far.services.auth.recheck_all
+
+    async def counted(many: Any) -> Any:
+        asked.append(len(many))
+        return await recheck_all(many)
+
+    monkeypatch.setattr(far.services.auth, "recheck_all", counted)
+    assert far.gateway.nodes is not None
+    await far.gateway.nodes.turn()
+    for peer in peers[20:]:
+        await peer.until(lambda peer=peer: peer.closed_with is not None)
+        assert peer.of("error")[0]["code"] == "token_revoked"
+    await until(lambda: sum(asked) == 30)
+    assert asked == [30]
+    assert not [peer for peer in peers[:20] if peer.ended]
 
 
 async def test_what_a_node_decides_while_it_is_cut_off_is_told_to_the_others_through_the_store(
@@ -595,6 +727,36 @@ async def test_readiness_tells_that_the_bus_is_away(nodes: Cluster, a: Node, far
 
 
 # ---------------------------------------------------------------- signals and presence
+
+
+async def test_how_many_type_in_a_large_channel_is_added_up_across_nodes(
+    nodes: Cluster, a: Node, b: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "RECEIPTS_MEMBERS_MAX", 1)
+    monkeypatch.setattr(crowds, "CROWD_SECONDS", 0.01)
+    await a.add("c", "carol")
+    alice, bob, carol = await a.connect("alice"), await b.connect("bob"), await b.connect("carol")
+    await nodes.settle()
+
+    def counted(peer: RecordingPeer) -> list[int]:
+        return [frame["count"] for frame in peer.of("typing")]
+
+    await alice.ask("typing", channel="c")
+    for peer in (alice, bob, carol):
+        await peer.until(lambda peer=peer: counted(peer) == [1])
+    await bob.ask("typing", channel="c")
+    await carol.ask("typing", channel="c")
+    for peer in (alice, bob, carol):
+        await peer.until(lambda peer=peer: counted(peer)[-1] == 3)
+    await bob.ask("typing", channel="c", on=False)
+    for peer in (alice, bob, carol):
+        await peer.until(lambda peer=peer: counted(peer)[-1] == 2)
+    # What the other node says no more counts no more: its typing lapses here whether it can say so or not.
+    deaf(a, monkeypatch, lambda notice: isinstance(notice, Crowd))
+    a.clock.advance(crowds.CROWD_SHOWN_MS / 1000)
+    for peer in (alice, bob, carol):
+        await peer.until(lambda peer=peer: counted(peer)[-1] == 0)
+    await until(lambda: not len(a.gateway.crowds) and not len(b.gateway.crowds))
 
 
 async def test_typing_and_receipts_are_told_across_nodes(nodes: Cluster, a: Node, b: Node) -> None:

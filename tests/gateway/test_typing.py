@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
+from tidings.server.gateway import crowds
+from tidings.server.gateway.crowds import CROWD_RENEW_SECONDS, CROWD_SHOWN_MS
 from tidings.server.gateway.gateway import TYPING_SECONDS
+from tidings.wire import limits
 from tidings.wire.resources import ChannelFeatures, ChannelType
 
 from .world import Node, RecordingPeer
@@ -99,3 +104,87 @@ async def test_a_type_of_channel_can_do_without(node: Node) -> None:
     await node.channel("calm", "alice", "bob", type="calm")
     alice = await node.connect("alice")
     assert (await alice.ask("typing", channel="calm"))["code"] == "feature_off"
+
+
+# ---------------------------------------------------------------- large channels: a number
+
+
+def counted(peer: RecordingPeer) -> list[int]:
+    assert all("user" not in frame for frame in peer.of("typing"))
+    return [frame["count"] for frame in peer.of("typing")]
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two members are many."""
+    monkeypatch.setattr(limits, "RECEIPTS_MEMBERS_MAX", 1)
+    monkeypatch.setattr(crowds, "CROWD_SECONDS", 0.01)
+
+
+@pytest.mark.usefixtures("large")
+async def test_a_large_channel_is_told_how_many_type(node: Node) -> None:
+    await node.add("c", "carol")
+    alice, phone, bob, carol = [
+        await node.connect(user, device)
+        for user, device in (("alice", "laptop"), ("alice", "phone"), ("bob", "b"), ("carol", "c"))
+    ]
+    await alice.ask("typing", channel="c")
+    await carol.until(lambda: counted(carol) == [1])
+    assert carol.of("typing") == [{"type": "typing", "channel": "c", "count": 1, "expires_in_ms": CROWD_SHOWN_MS}]
+    await phone.ask("typing", channel="c")
+    await bob.ask("typing", channel="c")
+    await carol.until(lambda: counted(carol) == [1, 2])
+    assert await alice.until(lambda: counted(alice) == [1, 2]), "whoever types is told as well"
+    await bob.ask("typing", channel="c", on=False)
+    await carol.until(lambda: counted(carol) == [1, 2, 1])
+    await alice.ask("typing", channel="c", on=False)
+    await phone.ask("typing", channel="c", on=False)
+    await carol.until(lambda: len(counted(carol)) == 4)
+    assert carol.of("typing")[-1] == {"type": "typing", "channel": "c", "count": 0, "on": False, "expires_in_ms": 0}
+    await carol.until(lambda: not len(node.gateway.crowds))
+
+
+@pytest.mark.usefixtures("large")
+async def test_many_who_type_in_a_large_channel_are_told_once_in_its_time(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The time does not end while the test runs.
+    monkeypatch.setattr(crowds, "CROWD_SECONDS", 3_600.0)
+    await node.add("c", "carol")
+    alice, bob, carol = [await node.connect(user) for user in ("alice", "bob", "carol")]
+    await alice.ask("typing", channel="c")
+    await carol.until(lambda: counted(carol) == [1])
+    for _ in range(3):
+        await bob.ask("typing", channel="c")
+        await alice.ask("typing", channel="c", on=False)
+        await alice.ask("typing", channel="c")
+    await carol.quiet()
+    assert counted(carol) == [1]
+
+
+@pytest.mark.usefixtures("large")
+async def test_a_number_is_told_again_while_it_lasts_and_lapses_unless_it_is_renewed(node: Node) -> None:
+    alice, bob = await node.connect("alice"), await node.connect("bob")
+    await alice.ask("typing", channel="c")
+    await bob.until(lambda: counted(bob) == [1])
+    node.clock.advance(CROWD_RENEW_SECONDS)
+    await bob.until(lambda: counted(bob) == [1, 1])
+    node.clock.advance(CROWD_SHOWN_MS / 1000 - CROWD_RENEW_SECONDS)
+    await bob.until(lambda: counted(bob) == [1, 1, 0])
+    await alice.ask("typing", channel="c")
+    await bob.until(lambda: counted(bob) == [1, 1, 0, 1])
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("way", ["message", "closed", "removed"])
+async def test_who_sends_or_goes_counts_no_more(node: Node, way: str) -> None:
+    alice, bob = await node.connect("alice"), await node.connect("bob")
+    await alice.ask("typing", channel="c")
+    await bob.until(lambda: counted(bob) == [1])
+    if way == "message":
+        await alice.ask("message.send", channel="c", key="k_typed", text="done")
+    elif way == "closed":
+        node.gateway.forget(alice)
+    else:
+        await node.remove("c", "alice")
+    await bob.until(lambda: counted(bob) == [1, 0])

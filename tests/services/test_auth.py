@@ -10,6 +10,7 @@ from tests.services.admin_world import NOW, World, open_world
 from tidings.server.bus.base import Revoked
 from tidings.server.domain.permissions import EVERYTHING, grants_of
 from tidings.server.errors import Forbidden, NotFound, Refusal
+from tidings.server.services.auth import RECHECK_BATCH
 from tidings.wire.ids import time_of
 from tidings.wire.requests import ApiKeyCreate, AppUpdate, SigningKeyCreate, UserUpdate
 from tidings.wire.resources import AppSettings
@@ -180,6 +181,32 @@ async def test_one_token_can_be_revoked_by_its_jti(world: World) -> None:
         await world.auth.recheck(who)
     assert (await world.auth.authenticate(two)).jti == "j2"
     assert (await world.auth.authenticate(bobs)).actor.user == "bob"
+
+
+async def test_many_are_looked_at_together_and_each_gets_their_own_answer(world: World) -> None:
+    backend = await world.backend()
+    users = ["fine", "all", "one", "off", "gone", *(f"more{n}" for n in range(RECHECK_BATCH))]
+    asking = []
+    for user in users:
+        await world.add_user(user)
+        asking.append(await world.auth.authenticate(await world.token(user, jti="j1")))
+    asking.append(await world.auth.authenticate(await world.token("one", jti="j2")))
+    asking.append(await world.auth.authenticate(world.key))
+    asking.append(await world.auth.authenticate(world.key, on_behalf_of="off"))
+    await world.auth.revoke(backend, "all")
+    await world.auth.revoke(backend, "one", "j1")
+    await world.users.deactivate(backend, "off")
+    await world.users.delete(backend, "gone")
+    world.auth.forget_all()
+    world.apps.forget_all()
+    reads = world.store.reads
+    found = await world.auth.recheck_all(asking)
+    # The app, the key, and two batches.
+    assert world.store.reads - reads <= 4
+    codes = [answer.code if isinstance(answer, Refusal) else None for answer in found]
+    assert codes[:5] == [None, "token_revoked", "token_revoked", "user_deactivated", "user_unknown"]
+    assert codes[5:] == [None] * (RECHECK_BATCH + 2) + ["user_deactivated"]
+    assert [answer.actor.user for answer in found if not isinstance(answer, Refusal)][:2] == ["fine", "more0"]
 
 
 async def test_people_revoke_their_own_tokens_and_nobody_elses(world: World) -> None:

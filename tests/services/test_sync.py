@@ -11,6 +11,7 @@ from tidings.server.errors import Refusal
 from tidings.server.services import sync as sync_module
 from tidings.server.services.receipts import Receipts
 from tidings.server.services.sync import Sync, make_mark, read_mark
+from tidings.server.store import log
 from tidings.wire.resources import Head
 
 from .conftest import World
@@ -53,6 +54,24 @@ async def test_work_resumed_after_a_crash_does_not_take_a_streams_move_back(
 
 async def _nothing() -> list[object]:
     return []
+
+
+async def test_only_streams_that_have_grown_are_told_of_however_many_are_asked_about(
+    world: World, sync: Sync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "HEADS_AT_ONCE", 3)
+    for number in range(7):
+        await world.channel(id=f"c{number}")
+    rows = await world.rows("SELECT ref, sid, head FROM streams WHERE kind='channel'")
+    sids, heads = {row[0]: row[1] for row in rows}, {row[1]: row[2] for row in rows}
+    assert len(heads) == 7
+    assert await sync.grown(heads) == {}
+    assert await sync.grown({}) == {}
+    for name in ("c1", "c5", "c5"):
+        await world.send(world.backend, name)
+    moved = {sids["c1"]: heads[sids["c1"]] + 1, sids["c5"]: heads[sids["c5"]] + 2}
+    assert await sync.grown({**heads, 1: 0}) == moved
+    assert await sync.grown({sid: head + 1 for sid, head in heads.items()}) == {sids["c5"]: moved[sids["c5"]]}
 
 
 async def test_an_event_of_an_earlier_moment_moves_the_stream_now(

@@ -15,6 +15,7 @@ from typing import Any
 from tidings.server.bus.base import (
     AccessChanged,
     Arrived,
+    Crowd,
     Joined,
     Left,
     Listeners,
@@ -92,7 +93,7 @@ class SimBus:
 
     def _wants(self, notice: Notice) -> bool:
         match notice:
-            case Published():
+            case Published() | Crowd():
                 return ("s", notice.sid) in self._known
             case Signal():
                 if notice.sid is not None:

@@ -209,5 +209,8 @@ class Channel:
         await self._client._connection.command(MarkUnread(channel=self.id, seq=seq), None, timeout=timeout)
 
     def typing(self, on: bool = True) -> None:
-        """Tell the others that the user is typing, best effort. Call it on every key press: one in 3 s is sent."""
+        """Tell the others that the user is typing, best effort. Call it on every key press: one in 3 s is sent.
+
+        They get a `TypingSignal` with the `user`, or with a `count` in channels of more than 1,000 members.
+        """
         self._client._typing(Typing(channel=self.id, on=on))

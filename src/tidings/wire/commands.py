@@ -331,10 +331,15 @@ class Synced(Reply, frozen=True, kw_only=True, tag="synced"):
 
 
 class TypingSignal(Reply, frozen=True, kw_only=True, tag="typing"):
-    """`user` is typing until `expires_in_ms` from now, or until a message of theirs arrives."""
+    """`user` is typing until `expires_in_ms` from now, or until a message of theirs arrives.
+
+    In a channel of more than `RECEIPTS_MEMBERS_MAX` members nobody is named: `count` people are typing there, the
+    reader included, and replaces the number before.
+    """
 
     channel: ChannelId
-    user: UserId
+    user: UserId | None = None
+    count: int | None = None
     on: bool = True
     expires_in_ms: int = 6000
 

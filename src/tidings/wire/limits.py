@@ -45,7 +45,8 @@ PRESENCE_WATCH_MAX = 500
 POLL_WAIT_MAX = 25
 DEVICES_PER_USER_MAX = 32
 # Beyond this many members a channel's receipts and typing are not told one by one: at one read each per message they
-# would be the square of the membership. Positions are kept all the same, and counted (`GET …/receipts`).
+# would be the square of the membership. Positions are kept all the same and counted (`GET …/receipts`), and of typing
+# the number is told.
 RECEIPTS_MEMBERS_MAX = 1_000
 # A direct conversation has two people; a group made in one request has at most this many.
 MEMBERS_AT_CREATION_MAX = 100

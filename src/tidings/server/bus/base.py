@@ -98,6 +98,15 @@ class Signal(msgspec.Struct, frozen=True, array_like=True, tag=6):
     skip_session: str | None = None
 
 
+class Crowd(msgspec.Struct, frozen=True, array_like=True, tag=11):
+    """So many users type in a channel at sessions of this node: for nodes with sessions in it. Best effort; told again
+    while it lasts, and forgotten when it is not."""
+
+    node: str
+    sid: int
+    count: int
+
+
 class Arrived(msgspec.Struct, frozen=True, array_like=True, tag=7):
     """A device of the user has connected at `at_ms`: its sessions from before, wherever they are, end."""
 
@@ -127,7 +136,7 @@ class Lost(msgspec.Struct, frozen=True, array_like=True, tag=10):
     """Notices may have been lost, of anything: what is remembered does not count, and heads are to be compared."""
 
 
-Notice: TypeAlias = Published | Joined | Left | AccessChanged | Revoked | Signal | Arrived | Shown | Used | Lost
+Notice: TypeAlias = Published | Joined | Left | AccessChanged | Revoked | Signal | Crowd | Arrived | Shown | Used | Lost
 
 
 class Listeners:
@@ -173,7 +182,7 @@ class Bus(Protocol):
         ...
 
     def follow(self, sid: int) -> None:
-        """Hear `Published` and `Signal` of a stream."""
+        """Hear `Published`, `Signal` and `Crowd` of a stream."""
         ...
 
     def unfollow(self, sid: int) -> None:

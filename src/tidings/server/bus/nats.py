@@ -4,7 +4,7 @@ What goes where, `P` being the cluster's prefix (`tidings`, unless two clusters 
 
 | subject | carries | heard by |
 |---|---|---|
-| `P.s.<sid>` | `Published`, and `Signal` of a channel | nodes with sessions or long polls on the stream |
+| `P.s.<sid>` | `Published`, and `Signal` and `Crowd` of a channel | nodes with sessions or long polls on the stream |
 | `P.u.<app>.<user>` | `Signal` of a user, `Arrived`; the question: are they online | nodes with sessions of the user |
 | `P.w.<app>.<user>` | `Shown` | nodes with sessions that watch the user |
 | `P.c` | `Joined`, `Left`, `AccessChanged`, `Revoked`, `Lost`, `Used` | every node |
@@ -41,6 +41,7 @@ from tidings.server.telemetry import Metrics, get_logger
 
 from .base import (
     Arrived,
+    Crowd,
     Listeners,
     Lost,
     Notice,
@@ -264,6 +265,8 @@ class NatsBus:
             if notice.sid is not None:
                 return self._stream_subject(notice.sid)
             return self._user_subject(notice.app, notice.user or "")
+        if isinstance(notice, Crowd):
+            return self._stream_subject(notice.sid)
         if isinstance(notice, Arrived):
             return self._user_subject(notice.app, notice.user)
         if isinstance(notice, Shown):

@@ -364,6 +364,8 @@ class Connection(Peer):
     def sent(self, ref: int | None, channel: str, stored: Appended) -> None:
         """Answer a `message.send`."""
         (self.gateway.repeated if stored.duplicate else self.gateway.stored).inc()
+        if self.typing:
+            self.gateway.wrote(self, channel)
         if ref is not None:
             self.send(
                 encode(

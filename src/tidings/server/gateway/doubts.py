@@ -7,9 +7,11 @@ the log, which asks by itself, and who may not be here any more is shown out as 
 from __future__ import annotations
 
 import asyncio
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from tidings.server.errors import Refusal, StoreUnavailable
+from tidings.server.services.auth import RECHECK_BATCH
 
 from .connection import Connection
 from .hub import Subscriber
@@ -41,8 +43,7 @@ class Doubts:
         gateway.hub.doubt()
         for connection in list(gateway.connections):
             connection.access_changed()
-        sids = list(gateway.hub.streams)
-        gateway.hub.recheck(await gateway.sync.heads_of(sids))
+        gateway.hub.recheck(await gateway.sync.grown(gateway.hub.heads(list(gateway.hub.streams))))
 
     # ------------------------------------------------------------ memberships
 
@@ -73,7 +74,7 @@ class Doubts:
     # ------------------------------------------------------------ credentials
 
     def about_credentials(self, connection: Connection) -> None:
-        """See whether the connection's credentials still count, one after the other."""
+        """See whether the connection's credentials still count; those who have collected are asked for together."""
         if connection.session.state is State.OPEN:
             self._credentials[connection] = None
             if self._asking is None or self._asking.done():
@@ -82,22 +83,30 @@ class Doubts:
     async def _check_credentials(self) -> None:
         gateway = self._gateway
         while self._credentials:
-            connection = next(iter(self._credentials))
-            del self._credentials[connection]
-            granted = connection.granted
-            if granted is None or connection.ended:
-                continue
+            some = list(islice(self._credentials, RECHECK_BATCH))
+            for connection in some:
+                del self._credentials[connection]
+            asked = [
+                (connection, connection.granted)
+                for connection in some
+                if connection.granted is not None and not connection.ended
+            ]
             try:
-                fresh = await gateway.services.auth.recheck(granted)
-            except Refusal as refusal:
-                if refusal.code == "unavailable":
-                    self._credentials[connection] = None
-                    await asyncio.sleep(RETRY_SECONDS)
-                else:
-                    connection.close(refusal)
+                found = await gateway.services.auth.recheck_all([granted for _, granted in asked])
+            except StoreUnavailable:
+                self._credentials |= dict.fromkeys(some)
+                await asyncio.sleep(RETRY_SECONDS)
                 continue
-            if connection.granted is granted:
-                connection.granted, connection.actor = fresh, fresh.actor
-            if fresh.actor.app.blind_roles or connection.guarded:
-                connection.guarded = fresh.actor.app.blind_roles
-                gateway.hub.guard(connection, list(connection.streams))
+            for (connection, granted), fresh in zip(asked, found, strict=True):
+                if isinstance(fresh, Refusal):
+                    # A token that came meanwhile was looked at when it came.
+                    if connection.granted is granted:
+                        connection.close(fresh)
+                    continue
+                if connection.granted is granted:
+                    connection.granted, connection.actor = fresh, fresh.actor
+                if fresh.actor.app.blind_roles or connection.guarded:
+                    connection.guarded = fresh.actor.app.blind_roles
+                    gateway.hub.guard(connection, list(connection.streams))
+            # Frames and other connections get their turn.
+            await asyncio.sleep(0)

@@ -66,6 +66,7 @@ from tidings.wire.ids import time_of
 from tidings.wire.resources import Head
 
 from .connection import Connection, draft_of
+from .crowds import Crowds
 from .doubts import Doubts
 from .hub import Hub, Subscriber
 from .nodes import Nodes
@@ -154,6 +155,7 @@ class Gateway:
             on_flush=self._flushed,
             on_unsure=self.doubts.about_memberships,
         )
+        self.crowds = Crowds(self)
         self.presence = PresenceBoard(
             services.store, self.hub, bus, clock, self.tasks, grace_seconds=config.presence_grace_seconds
         )
@@ -777,9 +779,6 @@ class Gateway:
         access = await self.access.channel(actor, command.channel, Permission.TYPING_SEND)
         if not access.channel.type.definition.features.typing:
             raise Refusal("feature_off", "Typing is switched off in this type of channel.")
-        if access.channel.member_count > limits.RECEIPTS_MEMBERS_MAX:
-            # Told one by one it would cost the square of the membership, and nobody reads a hundred names.
-            return
         sid, now = access.channel.sid, self.clock.monotonic()
         last = connection.typing.get(sid)
         if not command.on:
@@ -790,6 +789,10 @@ class Gateway:
         if last is not None and now - last < TYPING_SECONDS:
             return
         connection.typing[sid] = now
+        if access.channel.member_count > limits.RECEIPTS_MEMBERS_MAX:
+            # Told one by one it would cost the square of the membership, and nobody reads a hundred names.
+            self.crowds.joined(connection, sid)
+            return
         self.bus.publish(
             Signal(
                 connection.app,
@@ -799,8 +802,17 @@ class Gateway:
             )
         )
 
+    def wrote(self, connection: Connection, channel: str) -> None:
+        """The connection's user has sent a message. Where names are told, readers see by it that they type no more;
+        a number says it itself."""
+        stream = self.hub.listening(connection, channel)
+        if stream is not None and self.crowds.left(connection, stream.sid):
+            connection.typing.pop(stream.sid, None)
+
     def typing_ended(self, connection: Connection, sid: int) -> None:
         """Tell the channel that the connection's user types no more."""
+        if self.crowds.left(connection, sid):
+            return
         stream = self.hub.streams.get(sid)
         if stream is not None:
             self.bus.publish(

@@ -611,6 +611,11 @@ class Hub:
                 grown += 1
         return grown
 
+    def heads(self, sids: Iterable[int]) -> dict[int, int]:
+        """Where streams stand here, those of them that are listened to."""
+        streams = self.streams
+        return {sid: streams[sid].head for sid in sids if sid in streams}
+
     def ahead(self, heads: dict[int, int]) -> dict[int, int]:
         """Those of the heads that are further than what came through here."""
         streams = self.streams

@@ -102,6 +102,7 @@ REPLIES: Final[tuple[c.Reply, ...]] = (
 SIGNALS: Final[tuple[c.Reply, ...]] = (
     c.Synced(stream="ch_7f3k", epoch="mfrggzdf", seq=9),
     c.TypingSignal(channel="ch_7f3k", user="bob"),
+    c.TypingSignal(channel="ch_7f3k", count=12),
     c.PresenceSignal(user="bob", status="online"),
     c.ReceiptsSignal(channel="ch_7f3k", receipts=[r.Receipt(user="bob", delivered=9, read=7)]),
     c.UnreadSignal(channel="ch_7f3k", read=9, unread=0, mentions=0),

@@ -578,11 +578,12 @@ class Admin:
 
         async def unit(tx: Tx) -> Change[None]:
             await lock_rules(tx, app)
+            # Before looking for channels: whoever makes one holds the type's row, and is waited for here.
+            if not await tx.execute("DELETE FROM channel_types WHERE app=? AND name=?", app, name):
+                raise NotFound("channel type")
             # Deleted channels count: their history is still read under the rules of their type.
             if await tx.one("SELECT id FROM channels WHERE app=? AND type=? LIMIT 1", app, name) is not None:
                 raise Refusal("conflict", "There are channels of this type.")
-            if not await tx.execute("DELETE FROM channel_types WHERE app=? AND name=?", app, name):
-                raise NotFound("channel type")
             await line.write(tx)
             return Change(None, (AccessChanged(app),))
 

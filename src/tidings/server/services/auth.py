@@ -18,6 +18,7 @@ once its user has a mark.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, TypeVar
 
@@ -26,8 +27,9 @@ import msgspec
 from tidings.server.bus.base import AccessChanged, Bus, Lost, Notice, Revoked
 from tidings.server.clock import Clock, Ids
 from tidings.server.domain.permissions import NONE, Grants, Permission, grants_of
-from tidings.server.errors import Forbidden, NotFound, Refusal
+from tidings.server.errors import Forbidden, NotFound, Refusal, StoreUnavailable
 from tidings.server.store.base import Row, Store, Tx
+from tidings.server.store.log import placeholders
 from tidings.wire.ids import time_of
 from tidings.wire.resources import Token
 
@@ -57,6 +59,8 @@ LAST_USED_MS: Final = 60_000
 # covers leeways. Without that setting a token may live for ever, and so does the mark (2**53 - 1 ms).
 REVOKED_KEPT_MS: Final = 366 * 86_400_000
 FOR_EVER_MS: Final = 2**53 - 1
+# Sessions whose credentials are looked at again with one read: a few milliseconds of a reader.
+RECHECK_BATCH: Final = 500
 # Sessions that one person ends one by one; each mark is a row that may stay for a year.
 REVOKED_PER_USER_MAX: Final = 1_000
 
@@ -212,28 +216,69 @@ class Auth:
         app = await self._apps.get(actor.app.id)
         if actor.via.startswith("key:"):
             key = await self._key_state(actor.via[len("key:") :])
-            self._check_api_key(key)
-            if actor.user is None:
-                return replace(actor, app=app, grants=key.grants)
-            if not key.grants & _ACT_AS:
-                raise Forbidden(P.USER_ACT_AS.value)
+            state = None if actor.user is None else await self._state(app, actor.user)
+            return self._actor_of_key(actor, app, key, state)
         if actor.user is None:
             return replace(actor, app=app)
-        state = await self._state(app, actor.user)
+        grants, role = _grants_of_user(app, await self._state(app, actor.user))
+        return replace(actor, app=app, grants=grants, role=role)
+
+    def _actor_of_key(self, actor: Actor, app: AppContext, key: _KeyState, state: _UserState | None) -> Actor:
+        self._check_api_key(key)
+        if actor.user is None:
+            return replace(actor, app=app, grants=key.grants)
+        if not key.grants & _ACT_AS:
+            raise Forbidden(P.USER_ACT_AS.value)
         grants, role = _grants_of_user(app, state)
         return replace(actor, app=app, grants=grants, role=role)
 
     async def recheck(self, authenticated: Authenticated) -> Authenticated:
         """`refresh` for a long connection, with its token: refuses also when the token, or the key that verified it,
         no longer counts. Raises Refusal."""
-        actor = await self.refresh(authenticated.actor)
-        if actor.user is not None and not actor.via.startswith("key:"):
-            for row in actor.app.signing:
-                if row[0] == authenticated.key_id and row[4] != "active":
+        [found] = await self.recheck_all([authenticated])
+        if isinstance(found, Refusal):
+            raise found
+        return found
+
+    async def recheck_all(self, many: Sequence[Authenticated]) -> list[Authenticated | Refusal]:
+        """`recheck` for many connections: what each is now, or why it no longer counts. Those of an app are read
+        together, `RECHECK_BATCH` at a time.
+
+        Raises StoreUnavailable: then nothing is known of any of them.
+        """
+        found: list[Authenticated | Refusal] = [_invalid_key()] * len(many)
+        for start in range(0, len(many), RECHECK_BATCH):
+            some = many[start : start + RECHECK_BATCH]
+            states, revoked = await self._load_users(some)
+            for place, one in enumerate(some, start):
+                try:
+                    found[place] = await self._rechecked(one, states, revoked)
+                except StoreUnavailable:
+                    raise
+                except Refusal as refusal:
+                    found[place] = refusal
+        return found
+
+    async def _rechecked(
+        self, one: Authenticated, states: dict[tuple[int, str], _UserState], revoked: set[tuple[int, str]]
+    ) -> Authenticated:
+        actor, user = one.actor, one.actor.user
+        app = await self._apps.get(actor.app.id)
+        state = None if user is None else states.get((app.app, user))
+        if actor.via.startswith("key:"):
+            key = await self._key_state(actor.via[len("key:") :])
+            actor = self._actor_of_key(actor, app, key, state)
+        elif user is None:
+            actor = replace(actor, app=app)
+        else:
+            grants, role = _grants_of_user(app, state)
+            for row in app.signing:
+                if row[0] == one.key_id and row[4] != "active":
                     raise Refusal("token_key_unknown", "The key that signed the token is retired.")
-            state, revoked = await self._load_user(actor.app, actor.user, authenticated.jti)
-            _check_token(state, revoked, authenticated.issued_at_ms)
-        return replace(authenticated, actor=actor)
+            gone = one.jti is not None and (app.app, revoked_name(user, one.jti)) in revoked
+            _check_token(state, gone, one.issued_at_ms)
+            actor = replace(actor, app=app, grants=grants, role=role)
+        return replace(one, actor=actor)
 
     # ------------------------------------------------------------ minting and revoking
 
@@ -488,13 +533,59 @@ class Auth:
         row, mark = await self._store.glance(unit)
         state = None
         if row is not None:
-            state = _UserState(str(row[0]), row[1] is not None, row[2] is not None, int(row[3]))
+            state = _user_state(row)
         if forgotten == self._forgotten:
             if state is not None:
                 _keep(self._states, (app.app, user_id), state, USERS_MAX)
             if jti is not None:
                 _keep(self._jtis, (app.app, user_id, jti), mark is not None, JTIS_MAX)
         return state, mark is not None
+
+    async def _load_users(
+        self, many: Sequence[Authenticated]
+    ) -> tuple[dict[tuple[int, str], _UserState], set[tuple[int, str]]]:
+        """The users of those who ask, and which of their tokens were revoked one by one, by their stored names: a
+        statement of each kind for every app."""
+        users: dict[int, set[str]] = {}
+        names: dict[int, set[str]] = {}
+        for one in many:
+            app, user = one.actor.app.app, one.actor.user
+            if user is not None:
+                users.setdefault(app, set()).add(user)
+                if one.jti is not None:
+                    names.setdefault(app, set()).add(revoked_name(user, one.jti))
+
+        async def unit(tx: Tx) -> tuple[list[tuple[int, Row]], set[tuple[int, str]]]:
+            rows: list[tuple[int, Row]] = []
+            marks: set[tuple[int, str]] = set()
+            for app, ids in users.items():
+                rows += [
+                    (app, row)
+                    for row in await tx.all(
+                        "SELECT id, role, deactivated_at, deleted_at, tokens_after FROM users"
+                        f" WHERE app=? AND id IN ({placeholders(ids)})",
+                        app,
+                        *ids,
+                    )
+                ]
+            for app, stored in names.items():
+                for row in await tx.all(
+                    f"SELECT jti FROM revoked_tokens WHERE app=? AND jti IN ({placeholders(stored)})", app, *stored
+                ):
+                    marks.add((app, row[0]))
+            return rows, marks
+
+        forgotten = self._forgotten
+        rows, marks = await (self._store.glance(unit) if len(many) == 1 else self._store.read(unit))
+        states = {(app, row[0]): _user_state(row[1:]) for app, row in rows}
+        if forgotten == self._forgotten:
+            for key, state in states.items():
+                _keep(self._states, key, state, USERS_MAX)
+            for one in many:
+                app, user, jti = one.actor.app.app, one.actor.user, one.jti
+                if user is not None and jti is not None:
+                    _keep(self._jtis, (app, user, jti), (app, revoked_name(user, jti)) in marks, JTIS_MAX)
+        return states, marks
 
     # ------------------------------------------------------------ forgetting
 
@@ -604,6 +695,11 @@ def _user_actor(
     _check_token(state, revoked, verified.issued_at)
     actor = Actor(app, user_id, grants, f"user:{user_id}", device, session, role)
     return Authenticated(actor, verified.expires_at, verified.issued_at, verified.jti, verified.key_id)
+
+
+def _user_state(row: Row) -> _UserState:
+    """From `role, deactivated_at, deleted_at, tokens_after`."""
+    return _UserState(str(row[0]), row[1] is not None, row[2] is not None, int(row[3]))
 
 
 def _check_token(state: _UserState | None, revoked: bool, issued_at: int | None) -> None:

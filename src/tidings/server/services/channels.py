@@ -205,6 +205,10 @@ def _or(value: Any, otherwise: Any) -> Any:
     return otherwise if value is msgspec.UNSET else value
 
 
+def _no_type() -> Refusal:
+    return Refusal("invalid_field", "There is no such channel type.", field="type")
+
+
 class _Raced(Exception):
     """Somebody else has just taken the id or made the pair's channel: look again."""
 
@@ -235,7 +239,7 @@ class Channels:
         app = actor.app
         compiled = app.types.get(body.type)
         if compiled is None:
-            raise Refusal("invalid_field", "There is no such channel type.", field="type")
+            raise _no_type()
         direct = compiled.definition.direct
         actor.check(P.CHANNEL_CREATE_DIRECT if direct else P.CHANNEL_CREATE)
         entrants = self._entrants(actor, body, compiled)
@@ -257,6 +261,8 @@ class Channels:
                 if found is not None:
                     shown = await self._show(tx, actor, found[0], now, mark)
                     return Change((await self._render(tx, actor, found[0]), False), tuple(shown))
+            if not compiled.definition.built_in:
+                await self._check_type(tx, app, body.type)
             if await tx.one("SELECT 1 FROM channels WHERE app=? AND id=?", app.app, channel_id) is not None:
                 raise Refusal("already_exists", "There is or was a channel with this id.", field="id")
             named = [user for user, _ in entrants if user in places]
@@ -324,6 +330,14 @@ class Channels:
             raise StoreUnavailable("others make the same channel")
 
         return await with_keys(self._apps, app, attempt)
+
+    @staticmethod
+    async def _check_type(tx: Tx, app: AppContext, name: str) -> None:
+        """The type may have been deleted since the app was read, or be about to be: then one of the two waits."""
+        if (
+            await tx.one("SELECT 1 FROM channel_types WHERE app=? AND name=?" + tx.for_key_share, app.app, name)
+        ) is None:
+            raise _no_type()
 
     @staticmethod
     def _entrants(actor: Actor, body: ChannelCreate, compiled: CompiledType) -> list[tuple[str, str]]:

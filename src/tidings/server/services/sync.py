@@ -341,6 +341,14 @@ class Sync:
 
         return await self._store.read(unit)
 
+    async def grown(self, heads: dict[int, int]) -> dict[int, int]:
+        """Those of the streams that are further now than these heads, by number, and where they stand."""
+
+        async def unit(tx: Tx) -> dict[int, int]:
+            return await log.grown(tx, heads)
+
+        return await self._store.read(unit)
+
     # ------------------------------------------------------------ events
 
     async def handle(self, actor: Actor, name: str) -> StreamHandle:

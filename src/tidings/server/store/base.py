@@ -50,6 +50,12 @@ class Tx(Protocol):
         """What to put behind a SELECT whose rows decide a write: ` FOR UPDATE`, or nothing where writers queue."""
         ...
 
+    @property
+    def for_key_share(self) -> str:
+        """What to put behind a SELECT whose rows must stay until the commit, though others may rely on them and change
+        them, too: ` FOR KEY SHARE`, or nothing where writers queue."""
+        ...
+
     async def all(self, sql: str, *args: Any) -> list[Row]:
         """Every row of the query."""
         ...

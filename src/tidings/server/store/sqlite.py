@@ -48,6 +48,7 @@ class SqliteTx:
     __slots__ = ("_execute", "_executemany")
     # One writer at a time, by SQLite's write lock.
     for_update = ""
+    for_key_share = ""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._execute = connection.execute

@@ -276,6 +276,8 @@ members = Table(
     PrimaryKeyConstraint("app", "sid", "user"),
     Index("members_user", "app", "user", "sid"),
     Index("members_moved", "app", "user", "moved_at"),
+    # Those of one role, in the order of a page; whether anybody else may manage roles.
+    Index("members_role", "app", "sid", "role", "user"),
     sqlite_with_rowid=False,
 )
 

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, create_engine, event, text
 from sqlalchemy.pool import StaticPool
 
 from ..sqlite import connect
-from . import COMPATIBLE, COMPATIBLE_FROM, HEAD, REVISION
+from . import COMPATIBLE, COMPATIBLE_FROM, REVISION, known_revisions
 
 
 def configuration(**attributes: Any) -> Config:
@@ -66,7 +66,7 @@ def postgres_snapshot() -> str:
     """The same for PostgreSQL, as one script that runs inside a transaction."""
     lines = [line.rstrip() for line in statements("postgresql").splitlines()]
     made = [line for line in lines if line and not line.startswith("-- ")]
-    return "\n".join(made) + "\n" + "".join(f"{row};\n" for row in _meta_rows(HEAD, COMPATIBLE_FROM))
+    return "\n".join(made) + "\n" + "".join(f"{row};\n" for row in _meta_rows(max(known_revisions()), COMPATIBLE_FROM))
 
 
 def _meta_rows(revision: str, compatible_from: str) -> list[str]:

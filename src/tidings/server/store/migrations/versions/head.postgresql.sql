@@ -268,5 +268,7 @@ CREATE INDEX users_created ON users (app, created_at, id);
 INSERT INTO alembic_version (version_num) VALUES ('0001') RETURNING alembic_version.version_num;
 CREATE INDEX members_moved ON members (app, "user", moved_at);
 UPDATE alembic_version SET version_num='0002' WHERE alembic_version.version_num = '0001';
-INSERT INTO meta(name,value) VALUES ('schema_revision','0002');
+CREATE INDEX members_role ON members (app, sid, role, "user");
+UPDATE alembic_version SET version_num='0003' WHERE alembic_version.version_num = '0002';
+INSERT INTO meta(name,value) VALUES ('schema_revision','0003');
 INSERT INTO meta(name,value) VALUES ('compatible_from','0001');

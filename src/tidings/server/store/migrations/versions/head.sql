@@ -283,5 +283,6 @@ CREATE TABLE users (
 );
 CREATE INDEX users_created ON users (app, created_at, id);
 CREATE INDEX members_moved ON members (app, user, moved_at);
-INSERT INTO alembic_version(version_num) VALUES ('0002');
-INSERT INTO meta(name,value) VALUES ('schema_revision','0002');
+CREATE INDEX members_role ON members (app, sid, role, user);
+INSERT INTO alembic_version(version_num) VALUES ('0003');
+INSERT INTO meta(name,value) VALUES ('schema_revision','0003');
