@@ -1,0 +1,471 @@
+import { avatar, h, icon, linked, onlyEmoji, safeUrl } from "./dom.js";
+import { TidingsElement } from "./element.js";
+
+const EMOJI = ["👍", "❤️", "😂", "🎉", "🙏"];
+/** Messages of one person in this time stand together. */
+const GROUP_MS = 5 * 60_000;
+/** What a row is taken for until it has been measured, and how far beyond the edges rows are made. */
+const HEIGHT = 56;
+const BEYOND = 600;
+/** As near to the end counts as being there. */
+const NEAR = 60;
+
+/**
+ * The messages of one channel. Only those in view are in the page, however many there are. Tells `tidings-reply`,
+ * `tidings-edit`.
+ */
+export class MessageList extends TidingsElement {
+  /** @type {any} */ #channel;
+  /** @type {any} */ #scroll;
+  /** @type {any} */ #above;
+  /** @type {any} */ #below;
+  /** @type {any} */ #rows;
+  /** @type {any} */ #latest;
+  /** @type {any} */ #live;
+  /** @type {any} */ #note;
+  /** @type {any[]} */ #items = [];
+  /** @type {Map<string, number>} */ #heights = new Map();
+  /** @type {Map<string, {item: any, element: any}>} */ #made = new Map();
+  #atEnd = true;
+  #newBelow = 0;
+  #lastSeq = 0;
+  #first = true;
+  #frame = 0;
+  /** @type {string | null} */ #focused = null;
+  /** @type {number | null} */ #goTo = null;
+
+  begin() {
+    const id = this.getAttribute("channel");
+    this.#items = [];
+    this.#heights.clear();
+    this.#made.clear();
+    this.#first = true;
+    this.#atEnd = true;
+    this.#newBelow = 0;
+    this.#lastSeq = 0;
+    this.#focused = null;
+    if (!id) return this.root.replaceChildren();
+    this.#channel = this.client.channel(id);
+    this.#above = h("div", { "aria-hidden": "true" });
+    this.#below = h("div", { "aria-hidden": "true" });
+    this.#rows = h("div", { role: "feed", "aria-label": this.say("messages"), onkeydown: (/** @type {KeyboardEvent} */ event) => this.#key(event) });
+    this.#note = h("p", { class: "empty" });
+    this.#scroll = h("div", { class: "scroll", part: "messages", tabindex: "-1", onscroll: () => this.#scrolled() }, this.#above, this.#rows, this.#below, this.#note);
+    this.#latest = h("button", { type: "button", class: "latest", part: "latest", hidden: true, onclick: () => void this.toLatest() });
+    this.#live = h("div", { class: "hidden", role: "status" });
+    this.root.replaceChildren(h("div", { class: "messages" }, this.#scroll, this.#latest, this.#live));
+    this.#channel.open();
+    this.atEnd(() => this.#channel.close());
+    this.watch(this.#channel.messages, (messages) => this.#take(messages));
+    this.watch(this.#channel.state, () => this.#sayState());
+    this.watch(this.#channel.receipts, () => {});
+    this.watch(this.client.status, () => {});
+    const resized = new ResizeObserver(() => this.#later());
+    resized.observe(this.#scroll);
+    this.atEnd(() => resized.disconnect());
+    const seen = () => this.#read();
+    document.addEventListener("visibilitychange", seen);
+    addEventListener("focus", seen);
+    this.atEnd(() => {
+      document.removeEventListener("visibilitychange", seen);
+      removeEventListener("focus", seen);
+      cancelAnimationFrame(this.#frame);
+      this.#frame = 0;
+    });
+  }
+
+  // ---------------------------------------------------------------- from messages to rows
+
+  /** @param {any[]} messages */
+  #take(messages) {
+    const before = this.#items;
+    const marker = this.#channel.firstUnread.get();
+    /** @type {any[]} */ const items = [];
+    const known = new Map(before.map((item) => [item.key, item]));
+    let day = "";
+    /** @type {any} */ let last = null;
+    let marked = marker === null;
+    for (const message of messages) {
+      const at = new Date(message.created_at);
+      const today = at.toDateString();
+      if (today !== day) {
+        day = today;
+        items.push(known.get(`day ${today}`) ?? { key: `day ${today}`, day: at });
+        last = null;
+      }
+      if (!marked && message.seq >= marker && !message.mine) {
+        items.push(known.get("new") ?? { key: "new", fresh: true });
+        marked = true;
+        last = null;
+      }
+      const first = !last || last.user !== message.user || Date.parse(message.created_at) - Date.parse(last.created_at) > GROUP_MS;
+      const key = message.key && message.mine ? `k ${message.key}` : `s ${message.seq}`;
+      const same = known.get(key);
+      const item = same && same.message === message && same.first === first ? same : { key, message, first, last: true };
+      if (last && !first && items.at(-1)?.message) {
+        const above = items.at(-1);
+        if (above.last) items[items.length - 1] = { ...above, last: false };
+      }
+      if (item.last === false) items.push({ ...item, last: true });
+      else items.push(item);
+      last = message;
+    }
+    // Objects stay the same where nothing has changed, so that rows need not be made anew.
+    for (let place = 0; place < items.length; place += 1) {
+      const old = known.get(items[place].key);
+      if (old && old.message === items[place].message && old.first === items[place].first && old.last === items[place].last) items[place] = old;
+    }
+    this.#items = items;
+    const newest = messages.at(-1);
+    const fresh = messages.filter(({ seq, mine }) => seq !== null && seq > this.#lastSeq && !mine);
+    const ownNew = newest?.mine && newest.seq === null && !known.has(`k ${newest.key}`);
+    if (this.#lastSeq && fresh.length && !this.#first) {
+      if (!this.#atEnd) this.#newBelow += fresh.length;
+      const said = fresh.at(-1);
+      this.#live.textContent = fresh.length === 1 ? `${this.nameOf(said.user)}: ${said.text ?? ""}` : this.say("more_new", { count: fresh.length });
+    }
+    this.#lastSeq = Math.max(this.#lastSeq, ...messages.slice(-50).map(({ seq }) => seq ?? 0), 0);
+    if (ownNew) this.#atEnd = true;
+    if (this.#first && items.length) {
+      this.#first = false;
+      const at = items.findIndex((item) => item.fresh);
+      if (at > 0) {
+        this.#atEnd = false;
+        this.#goTo = at;
+      }
+    }
+    this.#later();
+  }
+
+  #later() {
+    if (this.#frame) return;
+    const draw = () => {
+      this.#frame = 0;
+      this.#draw();
+    };
+    // A page that is not looked at has no frames.
+    this.#frame = document.hidden ? /** @type {any} */ (setTimeout(draw, 50)) : requestAnimationFrame(draw);
+  }
+
+  // ---------------------------------------------------------------- only what is in view
+
+  /** @param {any} item */
+  #height(item) {
+    return this.#heights.get(item.key) ?? HEIGHT;
+  }
+
+  #draw() {
+    const { scrollTop, clientHeight } = this.#scroll;
+    if (!clientHeight || !this.isConnected) return;
+    const anchor = this.#atEnd ? null : this.#anchor();
+    const wanted = this.#goTo;
+    this.#goTo = null;
+    let top = wanted !== null ? Math.max(0, this.#sum(wanted) - clientHeight / 3) : this.#atEnd ? Infinity : scrollTop;
+    const anchored = anchor ? this.#items.findIndex((item) => item.key === anchor.key) : -1;
+    for (let turn = 0; turn < 3; turn += 1) {
+      // What one looks at may stand elsewhere now: older messages have come above it, or rows turned out to be higher.
+      if (anchor && anchored >= 0 && wanted === null) top = this.#sum(anchored) - anchor.offset;
+      const total = this.#sum(this.#items.length);
+      if (!this.#fill(Math.max(0, Math.min(top, total - clientHeight)), clientHeight)) break;
+    }
+    if (this.#atEnd) this.#scroll.scrollTop = this.#scroll.scrollHeight;
+    else {
+      const found = wanted === null && anchor ? this.#made.get(anchor.key)?.element : undefined;
+      if (found && anchor) this.#scroll.scrollTop = found.offsetTop - anchor.offset;
+      else if (top !== Infinity) this.#scroll.scrollTop = top;
+    }
+    this.#settle();
+  }
+
+  /** The first row in view, and where it stands. */
+  #anchor() {
+    const { scrollTop } = this.#scroll;
+    for (const element of this.#rows.children) {
+      if (element.offsetTop + element.offsetHeight > scrollTop) return { key: element.dataset.key, offset: element.offsetTop - scrollTop };
+    }
+    return null;
+  }
+
+  /** @param {number} until */
+  #sum(until) {
+    let sum = 0;
+    for (let place = 0; place < until; place += 1) sum += this.#height(this.#items[place]);
+    return sum;
+  }
+
+  /** Make the rows around a place; whether one of them turned out to have another height. @param {number} top @param {number} height */
+  #fill(top, height) {
+    const items = this.#items;
+    let start = 0;
+    let above = 0;
+    while (start < items.length && above + this.#height(items[start]) < top - BEYOND) above += this.#height(items[start++]);
+    let end = start;
+    let sum = above;
+    while (end < items.length && sum < top + height + BEYOND) sum += this.#height(items[end++]);
+    let below = 0;
+    for (let place = end; place < items.length; place += 1) below += this.#height(items[place]);
+    // What has the focus stays, wherever it is scrolled to.
+    const active = /** @type {any} */ (this.root.activeElement)?.closest?.("[data-key]")?.dataset.key;
+    const wanted = new Set();
+    /** @type {any} */ let at = this.#rows.firstElementChild;
+    for (let place = start; place < end; place += 1) {
+      const item = items[place];
+      wanted.add(item.key);
+      let made = this.#made.get(item.key);
+      if (!made || made.item !== item) {
+        const element = this.#make(item);
+        if (made) {
+          const inside = made.element.contains(this.root.activeElement);
+          if (made.element === at) at = at.nextElementSibling;
+          made.element.replaceWith(element);
+          if (inside) element.querySelector("article")?.focus({ preventScroll: true });
+        }
+        made = { item, element };
+        this.#made.set(item.key, made);
+      }
+      if (made.element === at) at = at.nextElementSibling;
+      else this.#rows.insertBefore(made.element, at);
+    }
+    for (const [key, { element }] of this.#made) {
+      if (wanted.has(key) || key === active) continue;
+      element.remove();
+      this.#made.delete(key);
+    }
+    this.#above.style.height = `${above}px`;
+    this.#below.style.height = `${below}px`;
+    let changed = false;
+    for (let place = start; place < end; place += 1) {
+      const element = this.#made.get(items[place].key)?.element;
+      const now = element?.getBoundingClientRect().height ?? 0;
+      if (now && Math.abs(now - this.#height(items[place])) > 0.5) {
+        this.#heights.set(items[place].key, now);
+        changed = true;
+      }
+    }
+    return changed;
+  }
+
+  #scrolled() {
+    const { scrollTop, clientHeight, scrollHeight } = this.#scroll;
+    this.#atEnd = scrollHeight - scrollTop - clientHeight < NEAR && !this.#channel.state.get().has_after;
+    this.#later();
+  }
+
+  #settle() {
+    const { scrollTop, clientHeight, scrollHeight } = this.#scroll;
+    const { has_before, has_after, loading } = this.#channel.state.get();
+    if (!loading) {
+      if (has_before && scrollTop < 800) void this.#channel.loadBefore(50);
+      else if (has_after && scrollHeight - scrollTop - clientHeight < 800) void this.#channel.loadAfter(50);
+    }
+    if (this.#atEnd) {
+      this.#newBelow = 0;
+      this.#channel.trim?.();
+    }
+    const away = !this.#atEnd && this.#items.length > 0;
+    this.#latest.hidden = !away;
+    if (away) this.#latest.replaceChildren(icon("down"), this.#newBelow ? this.say("more_new", { count: this.#newBelow }) : this.say("latest"));
+    this.#read();
+    this.#sayState();
+  }
+
+  #read() {
+    if (!this.#atEnd || document.visibilityState !== "visible" || !document.hasFocus() || !this.isConnected) return;
+    if (this.#channel?.isOpen && this.#channel.state.get().ready) this.#channel.read();
+  }
+
+  #sayState() {
+    const { ready, loading, error, left } = this.#channel.state.get();
+    const nothing = !this.#items.length;
+    this.#note.hidden = !nothing;
+    if (!nothing) return;
+    this.#note.textContent = left ? this.say("left") : error ? this.say("error") : loading || !ready ? this.say("loading") : this.say("empty");
+  }
+
+  /** Scroll to the newest message, loading it if need be. */
+  async toLatest() {
+    await this.#channel.jumpToLatest();
+    this.#atEnd = true;
+    this.#later();
+  }
+
+  /** Show one message, wherever it is. @param {number} seq */
+  async show(seq) {
+    await this.#channel.jumpTo(seq);
+    const at = this.#items.findIndex((item) => item.message?.seq === seq);
+    if (at < 0) return;
+    this.#atEnd = false;
+    this.#goTo = at;
+    this.#focused = this.#items[at].key;
+    this.#draw();
+    this.#made.get(this.#focused ?? "")?.element.querySelector("article")?.focus({ preventScroll: true });
+  }
+
+  // ---------------------------------------------------------------- one row
+
+  /** @param {any} item */
+  #make(item) {
+    if (item.day) return h("div", { class: "row day", "data-key": item.key }, h("span", {}, this.words.sayDay(item.day)));
+    if (item.fresh) return h("div", { class: "row fresh", "data-key": item.key, role: "separator" }, this.say("new"));
+    const { message, first, last } = item;
+    const { mine, state } = message;
+    const name = mine ? this.say("you") : this.nameOf(message.user);
+    const profile = mine ? undefined : this.client.userOf(message.user ?? "");
+    if (profile && !profile.get().name && message.user) this.#await(profile, item.key);
+    const gone = !!message.deleted_at;
+    const emoji = !gone && !message.attachments?.length && !message.reply_to && onlyEmoji(message.text ?? "");
+    const at = new Date(message.created_at);
+    const time = this.words.time.format(at);
+    const classes = ["row", mine && "mine", first && "first", last && "last", gone && "gone", emoji && "emoji", state === "failed" && "failed"];
+    const acts = !gone && message.seq !== null && !this.#channel.state.get().left;
+    // What can be done with a message is made when somebody comes near: in a busy channel that is hardly any of them.
+    const near = (/** @type {any} */ { currentTarget }) => acts && !currentTarget.querySelector(".actions") && currentTarget.append(this.#actions(message, name));
+    return h(
+      "div",
+      { class: classes.filter(Boolean).join(" "), "data-key": item.key },
+      h(
+        "article",
+        { onpointerenter: near, onfocusin: near, class: "message", part: "message", tabindex: item.key === this.#focused ? "0" : "-1", "aria-label": `${name}, ${time}`, "aria-setsize": "-1", "aria-posinset": message.seq ?? undefined },
+        h("div", { class: "face" }, last && !mine && avatar(message.user ?? "", name, profile?.get().avatar_url)),
+        h(
+          "div",
+          { class: "body" },
+          first && !mine && h("div", { class: "author" }, name),
+          h("div", { class: "bubble", part: mine ? "bubble bubble-mine" : "bubble", dir: "auto" }, ...(gone ? [this.say("deleted")] : this.#content(message))),
+          !gone && message.reactions?.length > 0 && this.#reactions(message),
+          (last || state === "failed" || message.edited_at) && this.#meta(message, at, time),
+        ),
+      ),
+    );
+  }
+
+  /** Make a row anew when its author's name has come. @param {any} profile @param {string} key */
+  #await(profile, key) {
+    const end = profile.subscribe((/** @type {any} */ user) => {
+      if (!user.name) return;
+      queueMicrotask(() => end());
+      const at = this.#items.findIndex((item) => item.key === key);
+      if (at >= 0) this.#items[at] = { ...this.#items[at] };
+      this.#later();
+    });
+    this.atEnd(end);
+  }
+
+  /** @param {any} message */
+  #content(message) {
+    const parts = [];
+    if (message.reply_to) {
+      const quoted = this.#items.find((item) => item.message?.id === message.reply_to)?.message;
+      parts.push(
+        h(
+          "button",
+          { type: "button", class: "quote", onclick: () => quoted && void this.show(quoted.seq) },
+          h("b", {}, quoted ? (quoted.mine ? this.say("you") : this.nameOf(quoted.user)) : this.say("reply")),
+          quoted ? (quoted.deleted_at ? this.say("deleted") : quoted.text || this.say("attachment")) : "…",
+        ),
+      );
+    }
+    if (message.attachments?.length) parts.push(h("div", { class: "attachments" }, ...message.attachments.map((/** @type {any} */ one) => this.#attachment(one))));
+    if (message.text) parts.push(...linked(message.text));
+    return parts;
+  }
+
+  /** @param {any} attachment */
+  #attachment({ type, url, title, mime_type, size, width, height }) {
+    const href = safeUrl(url);
+    const name = title || this.say("attachment");
+    if (type === "image" && href) {
+      return h("a", { href, target: "_blank", rel: "noopener noreferrer" }, h("img", { src: href, alt: title ?? "", width, height, loading: "lazy" }));
+    }
+    const about = [mime_type, size !== undefined && `${this.words.number.format(Math.ceil(size / 1024))} KB`].filter(Boolean).join(" · ");
+    return h(href ? "a" : "span", { class: "file", href, target: href && "_blank", rel: href && "noopener noreferrer" }, icon("file"), h("span", {}, name, about && h("br"), about && h("small", {}, about)));
+  }
+
+  /** @param {any} message */
+  #reactions(message) {
+    const me = this.client.user;
+    return h(
+      "div",
+      { class: "reactions" },
+      ...message.reactions.map((/** @type {any} */ { emoji, count, users }) => {
+        const mine = users?.includes(me);
+        const act = () => this.#do(mine ? this.#channel.unreact(message.id, emoji) : this.#channel.react(message.id, emoji));
+        return h("button", { type: "button", class: "reaction", "aria-pressed": mine ? "true" : "false", "aria-label": this.say("reactions", { emoji, count }), onclick: act }, `${emoji} ${this.words.number.format(count)}`);
+      }),
+    );
+  }
+
+  /** @param {any} message @param {Date} at @param {string} time */
+  #meta(message, at, time) {
+    const { state, mine, edited_at, error, key } = message;
+    const drawn = { queued: "clock", sending: "clock", sent: "tick", delivered: "ticks", read: "ticks", failed: "alert" };
+    const meta = h("div", { class: "meta" }, edited_at && `${this.say("edited")} · `, h("time", { datetime: at.toISOString(), title: at.toLocaleString(this.words.lang) }, time));
+    if (!mine) return meta;
+    const said = this.say(state, { reason: error?.detail ?? "" });
+    const sign = icon(/** @type {any} */ (drawn)[state] ?? "tick");
+    if (state === "read") sign.classList.add("is-read");
+    meta.append(sign, h("span", { class: state === "failed" ? "" : "hidden" }, said));
+    if (state === "failed") {
+      meta.append(
+        h("button", { type: "button", onclick: () => this.#channel.retry(key) }, this.say("retry")),
+        h("button", { type: "button", onclick: () => this.#channel.discard(key) }, this.say("discard")),
+      );
+    }
+    return meta;
+  }
+
+  /** @param {any} message @param {string} name */
+  #actions(message, name) {
+    const button = (/** @type {any} */ sign, /** @type {string} */ label, /** @type {() => void} */ act) =>
+      h("button", { type: "button", tabindex: "-1", "aria-label": label, title: label, onclick: act }, sign);
+    const ask = (/** @type {string} */ type) => () => this.tell(type, { channel: this.#channel.id, message });
+    return h(
+      "div",
+      { class: "actions", role: "toolbar", "aria-label": this.say("actions", { name }) },
+      ...EMOJI.map((emoji) => button(emoji, this.say("react", { emoji }), () => this.#do(this.#channel.react(message.id, emoji)))),
+      button(icon("reply"), this.say("reply"), ask("reply")),
+      message.mine && message.text && button(icon("edit"), this.say("edit"), ask("edit")),
+      message.mine && button(icon("trash"), this.say("delete"), () => this.#do(this.#channel.delete(message.id))),
+    );
+  }
+
+  /** @param {Promise<any>} work */
+  #do(work) {
+    work.catch((error) => this.tell("error", { error }));
+  }
+
+  // ---------------------------------------------------------------- by keyboard
+
+  /** @param {KeyboardEvent} event */
+  #key(event) {
+    const active = /** @type {any} */ (this.root.activeElement);
+    const article = active?.closest("article");
+    if (!article) return;
+    const articles = [...this.#rows.querySelectorAll("article")];
+    const at = articles.indexOf(article);
+    const inToolbar = active.closest(".actions");
+    const buttons = [...article.querySelectorAll(".actions button")];
+    /** @type {any} */ let to;
+    if (inToolbar) {
+      const place = buttons.indexOf(active);
+      if (event.key === "Escape") to = article;
+      else if (event.key === "ArrowRight" || event.key === "ArrowLeft") {
+        const step = (event.key === "ArrowRight") === (getComputedStyle(this).direction !== "rtl") ? 1 : -1;
+        to = buttons[(place + step + buttons.length) % buttons.length];
+      }
+    } else if (event.key === "ArrowUp") to = articles[at - 1];
+    else if (event.key === "ArrowDown") to = articles[at + 1];
+    else if (event.key === "Enter" && active === article) to = buttons[0];
+    if (!to) return;
+    event.preventDefault();
+    this.#focused = to.closest("[data-key]").dataset.key;
+    to.focus({ preventScroll: true });
+    if (!inToolbar) to.scrollIntoView({ block: "nearest" });
+  }
+
+  /** The newest message gets the focus: where the arrows begin. */
+  focusNewest() {
+    const newest = [...(this.#rows?.querySelectorAll("article") ?? [])].at(-1);
+    newest?.focus();
+  }
+}
