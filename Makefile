@@ -6,14 +6,14 @@ SHELL := /bin/sh
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: help run cluster test check format bench mutants soak docs clean setup setup-run setup-cluster
+.PHONY: help run cluster test check format bench mutants soak docs screenshots clean setup setup-run setup-cluster
 
 help:  ## Show this list
 	@echo 'Tidings: make <target> [ARGS="..."]'
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
 
 run: setup-run  ## Set up what the server needs and start it on ./data
-	@exec .venv/bin/tidings serve $(ARGS)
+	@TIDINGS_DEMO="$${TIDINGS_DEMO:-on}" exec .venv/bin/tidings serve $(ARGS)
 
 cluster: setup-cluster  ## Start PostgreSQL, NATS and three nodes here, to try what survives
 	@exec .venv/bin/tidings cluster $(ARGS)
@@ -44,6 +44,9 @@ docs: setup  ## Regenerate the reference pages that come from the code
 	@mkdir -p docs/reference
 	$(PY) -m tidings.server.config > docs/reference/configuration.md
 	$(PY) -m docs.generate
+
+screenshots: setup  ## Take the pictures of the demonstration in docs/images
+	@exec $(PY) -m docs.screenshots
 
 clean:  ## Remove what make built; ./data stays
 	rm -rf .venv .tools .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist

@@ -19,8 +19,10 @@ async def start(data: Path) -> None:
     from tidings.server.config import Config
 
     config = Config(data_dir=data)
+    # The command itself, which is loaded and not called: it would listen.
+    assert serve.run
     async with open_core(config) as core:
-        new = await serve.first_app(core.services)
+        new = await core.services.admin.create_first_app("First app", via="serve")
         Server(config, core)
         panels.welcome(config, new, file=io.StringIO())
 

@@ -344,6 +344,7 @@ class Server:
         from tidings.server.rest import create_rest_app
         from tidings.server.rest.asyncapi import asyncapi_document
         from tidings.server.rest.http_protocol import http_protocol
+        from tidings.server.rest.web import sdk_routes
 
         self.config = config
         self.core = core
@@ -363,7 +364,7 @@ class Server:
             limiter=limiter,
             asyncapi=lambda: encode(asyncapi_document(config.url)),
             draining=lambda: self.gateway.draining,
-            route_handlers=http_routes(self.gateway),
+            route_handlers=[*http_routes(self.gateway), *sdk_routes(), *self._demo()],
         )
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
@@ -385,6 +386,17 @@ class Server:
                 ssl_certfile=None if config.tls_cert is None else str(config.tls_cert),
                 ssl_keyfile=None if config.tls_key is None else str(config.tls_key),
             )
+        )
+
+    def _demo(self) -> list[Any]:
+        if not self.config.demo_on:
+            return []
+        from tidings.server.rest.web import demo_routes
+        from tidings.server.services.example import Example
+
+        services = self.core.services
+        return demo_routes(
+            Example(services.admin, services.apps, services.users, services.channels, services.messages, services.auth)
         )
 
     async def serve(self, *, ready: Callable[[], None] | None = None) -> None:

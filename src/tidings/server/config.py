@@ -293,6 +293,13 @@ class Config:
         why="Each of them would be a hole in production.",
     )
 
+    demo: Literal["auto", "on", "off"] = _setting(
+        "auto",
+        "The demonstration at /demo: a page where anybody can be one of a few example people, in an app of its own. "
+        "auto: with development.",
+        why="Whoever can reach the page can use it, which is right on one's own machine.",
+    )
+
     # Connections
     connections_max: int = _setting(
         20_000,
@@ -455,6 +462,11 @@ class Config:
             node=f"{self.node}w{number}" if self.node else "",
             worker_port=self.worker_port + number - 1 if self.worker_port else 0,
         )
+
+    @property
+    def demo_on(self) -> bool:
+        """Whether /demo is there."""
+        return self.demo == "on" or (self.demo == "auto" and self.development)
 
     @property
     def embedded(self) -> bool:

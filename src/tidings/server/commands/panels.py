@@ -29,6 +29,8 @@ def welcome(config: Config, new: NewApp | None, *, file: TextIO | None = None, p
     address = config.url if port is None or config.public_url or config.port else _with_port(config, port)
     if new is None:
         _line(console, f"Tidings is ready at [bold]{address}[/]", f"API reference: {address}/docs")
+        if config.demo_on:
+            _line(console, f"Demo: {address}/demo")
         return
     _first(console, config, address, new)
 

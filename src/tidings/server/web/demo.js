@@ -1,0 +1,94 @@
+// The demonstration: choose a person, and be them. What it does with the SDK is what any page does.
+import { define } from "/sdk/components/src/index.js";
+import { Client } from "/sdk/js/src/index.js";
+
+const at = (id) => document.getElementById(id);
+const { people } = await (await fetch("/demo/people")).json();
+const me = people.find(({ id }) => id === new URLSearchParams(location.search).get("as"));
+
+const toast = (text) => {
+  at("toast").textContent = text;
+  at("toast").classList.add("shown");
+  setTimeout(() => at("toast").classList.remove("shown"), 4000);
+};
+
+if (me) enter();
+else choose();
+
+function choose() {
+  at("people").replaceChildren(
+    ...people.map(({ id, name, about }, place) => {
+      const item = document.createElement("li");
+      const link = document.createElement("a");
+      link.href = `?as=${id}`;
+      const initials = document.createElement("span");
+      initials.className = `initials tint${place % 4}`;
+      initials.ariaHidden = "true";
+      initials.textContent = name.replace(/^Dr\. /, "").split(" ").map((word) => word[0]).join("");
+      const words = document.createElement("span");
+      const title = document.createElement("b");
+      title.textContent = name;
+      const line = document.createElement("small");
+      line.textContent = about;
+      words.append(title, line);
+      link.append(initials, words);
+      item.append(link);
+      return item;
+    }),
+  );
+  at("welcome").hidden = false;
+}
+
+function enter() {
+  define();
+  const chat = new Client({
+    url: location.origin,
+    name: me.id,
+    token: async () => {
+      const response = await fetch("/demo/session", { method: "POST", body: JSON.stringify({ user: me.id }) });
+      if (!response.ok) throw new Error(`The demonstration is not available (${response.status}).`);
+      return (await response.json()).token;
+    },
+  }).start();
+  // For whoever opens the console, and for the tests.
+  globalThis.chat = chat;
+
+  const box = document.createElement("tidings-chat");
+  box.client = chat;
+  at("place").append(box);
+  at("me").textContent = me.name;
+  document.title = `${me.name} · Tidings demo`;
+  const other = people.find(({ id }) => id !== me.id);
+  at("other").textContent = `Open as ${other.name}`;
+  at("other").href = `?as=${other.id}`;
+  at("app").hidden = false;
+
+  chat.unread.subscribe(({ total }) => {
+    document.title = `${total ? `(${total}) ` : ""}${me.name} · Tidings demo`;
+  });
+
+  let missed = 0;
+  let counting = false;
+  chat.on("message.created", ({ by }) => {
+    if (counting && by !== me.id) missed += 1;
+  });
+  at("offline").addEventListener("change", ({ target }) => {
+    if (target.checked) return chat.goOffline();
+    missed = 0;
+    counting = true;
+    chat.goOnline();
+    chat.connected({ timeout_ms: 15_000 }).then(
+      () => {
+        counting = false;
+        toast(missed ? `Caught up: ${missed} ${missed === 1 ? "message" : "messages"} while you were away` : "Nothing was missed");
+      },
+      (error) => toast(error.detail ?? String(error)),
+    );
+  });
+
+  at("theme").addEventListener("click", () => {
+    const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+    const now = document.documentElement.dataset.theme ?? (dark ? "dark" : "light");
+    document.documentElement.dataset.theme = box.theme = now === "dark" ? "light" : "dark";
+  });
+}
