@@ -26,8 +26,9 @@ class Player:
     """One user, `alice`, in one channel, whose other member is `bob`."""
 
     def __init__(self) -> None:
-        self.streams: dict[str, list[dict[str, Any]]] = {ME: [], CHANNEL: []}
-        self.epochs = {ME: "mine", CHANNEL: "first"}
+        # A quiet one in between, so that there can be three pages.
+        self.streams: dict[str, list[dict[str, Any]]] = {ME: [], "c0": [], CHANNEL: []}
+        self.epochs = {ME: "mine", "c0": "quiet", CHANNEL: "first"}
         self.heard: list[dict[str, Any]] = []
         self.keys: dict[str, dict[str, Any]] = {}
         self.next_send: dict[str, Any] | None = None
