@@ -185,6 +185,9 @@ class Device:
         async for signal in client.signals(ReceiptsSignal):
             for receipt in signal.receipts:
                 for which, position in (("read", receipt.read), ("delivered", receipt.delivered)):
+                    if not position:
+                        # Left out: this one did not move.
+                        continue
                     record.receipt(
                         device=self.name,
                         channel=signal.channel,
