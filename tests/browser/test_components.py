@@ -22,8 +22,9 @@ SET_UP = """async (messages) => {
     : messages.map((one, n) => ({ ...make(n + 1, ""), ...one }));
   const state = new Value({ ready: true, loading: false, has_before: false, has_after: false, left: false });
   const list = new Value(all);
+  const marker = new Value(null);
   const channel = {
-    id: "c", state, messages: list, isOpen: true, receipts: new Value(new Map()), firstUnread: new Value(null),
+    id: "c", state, messages: list, isOpen: true, receipts: new Value(new Map()), firstUnread: marker,
     open() {}, close() {}, read() {}, async jumpToLatest() {}, async jumpTo() {},
     async loadBefore() { globalThis.asked = (globalThis.asked ?? 0) + 1; },
     react: async (id, emoji) => { globalThis.reacted = [id, emoji]; },
@@ -38,7 +39,7 @@ SET_UP = """async (messages) => {
   box.client = client;
   document.body.replaceChildren(box);
   Object.assign(globalThis, {
-    box, state, list,
+    box, state, list, marker,
     scroller: () => box.root.querySelector(".scroll"),
     older: (count) => {
       const first = list.get()[0].seq;
@@ -152,3 +153,45 @@ async def test_messages_are_reached_and_acted_on_by_keyboard(stage: Stage) -> No
     assert await page.evaluate("() => globalThis.reacted") == ["m37", "❤️"]
     await page.keyboard.press("Escape")
     assert await page.evaluate(focused) == "37"
+
+
+async def test_rows_after_any_change_are_those_of_a_list_made_anew(stage: Stage) -> None:
+    """What stands before and behind a change is left as it is: the outcome is that of reading everything again."""
+    page = await the_list(stage, 30)
+    outcome = await page.evaluate("""async () => {
+      const drawn = async () => {
+        await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+        const rows = [...box.root.querySelectorAll(".row")];
+        return rows.map((row) => `${row.className}|${row.dataset.key}|${row.innerText}`);
+      };
+      const wrong = [];
+      let seed = 11;
+      const random = (below) => (seed = (seed * 48271) % 2147483647) % below;
+      box.style.insetBlockEnd = "-9000px";
+      const when = (n) => new Date(1790000000000 + n * n * 500000).toISOString();
+      const pool = list.get().map((one, n) => ({ ...one, seq: 100 + n, created_at: when(n) }));
+      let shown = pool.slice(10, 20);
+      for (let turn = 0; turn < 60; turn += 1) {
+        const [first, last] = [pool.indexOf(shown[0]), pool.indexOf(shown.at(-1))];
+        const place = random(shown.length);
+        const other = { ...shown[place], text: `changed ${turn}` };
+        const what = random(5);
+        if (what === 0 && first > 0) shown = [...pool.slice(Math.max(0, first - 3), first), ...shown];
+        else if (what === 1 && last < 29) shown = [...shown, ...pool.slice(last + 1, last + 3)];
+        else if (what === 2) shown = shown.filter((_, n) => n !== place || shown.length < 4);
+        else if (what === 3) {
+          shown = shown.with(place, other);
+          pool[pool.findIndex(({ id }) => id === other.id)] = other;
+        } else marker.set(random(3) ? 100 + random(30) : null);
+        shown = [...shown];
+        list.set(shown);
+        const now = await drawn();
+        list.set([]);
+        await drawn();
+        list.set(shown);
+        const anew = await drawn();
+        if (now.join() !== anew.join()) wrong.push({ turn, what, now, anew });
+      }
+      return wrong;
+    }""")
+    assert outcome == []

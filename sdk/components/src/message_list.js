@@ -1,5 +1,6 @@
 import { avatar, h, icon, linked, onlyEmoji, safeUrl } from "./dom.js";
 import { TidingsElement } from "./element.js";
+import { Heights } from "./heights.js";
 
 const EMOJI = ["👍", "❤️", "😂", "🎉", "🙏"];
 /** Messages of one person in this time stand together. */
@@ -24,7 +25,12 @@ export class MessageList extends TidingsElement {
   /** @type {any} */ #live;
   /** @type {any} */ #note;
   /** @type {any[]} */ #items = [];
-  /** @type {Map<string, number>} */ #heights = new Map();
+  /** What has been measured, by key: it holds when rows above come and go. @type {Map<string, number>} */ #measured = new Map();
+  #heights = new Heights(HEIGHT);
+  /** The messages as they were taken last, and for each the place where its rows begin. @type {any[]} */ #taken = [];
+  /** @type {number[]} */ #begins = [];
+  /** @type {number | null} */ #marker = null;
+  /** Where the line above what is new stands, or -1. */ #fresh = -1;
   /** @type {Map<string, {item: any, element: any}>} */ #made = new Map();
   #atEnd = true;
   #newBelow = 0;
@@ -37,7 +43,12 @@ export class MessageList extends TidingsElement {
   begin() {
     const id = this.getAttribute("channel");
     this.#items = [];
-    this.#heights.clear();
+    this.#measured.clear();
+    this.#heights = new Heights(HEIGHT);
+    this.#taken = [];
+    this.#begins = [];
+    this.#marker = null;
+    this.#fresh = -1;
     this.#made.clear();
     this.#first = true;
     this.#atEnd = true;
@@ -78,46 +89,9 @@ export class MessageList extends TidingsElement {
 
   /** @param {any[]} messages */
   #take(messages) {
-    const before = this.#items;
-    const marker = this.#channel.firstUnread.get();
-    /** @type {any[]} */ const items = [];
-    const known = new Map(before.map((item) => [item.key, item]));
-    let day = "";
-    /** @type {any} */ let last = null;
-    let marked = marker === null;
-    for (const message of messages) {
-      const at = new Date(message.created_at);
-      const today = at.toDateString();
-      if (today !== day) {
-        day = today;
-        items.push(known.get(`day ${today}`) ?? { key: `day ${today}`, day: at });
-        last = null;
-      }
-      if (!marked && message.seq >= marker && !message.mine) {
-        items.push(known.get("new") ?? { key: "new", fresh: true });
-        marked = true;
-        last = null;
-      }
-      const first = !last || last.user !== message.user || Date.parse(message.created_at) - Date.parse(last.created_at) > GROUP_MS;
-      const key = message.key && message.mine ? `k ${message.key}` : `s ${message.seq}`;
-      const same = known.get(key);
-      const item = same && same.message === message && same.first === first ? same : { key, message, first, last: true };
-      if (last && !first && items.at(-1)?.message) {
-        const above = items.at(-1);
-        if (above.last) items[items.length - 1] = { ...above, last: false };
-      }
-      if (item.last === false) items.push({ ...item, last: true });
-      else items.push(item);
-      last = message;
-    }
-    // Objects stay the same where nothing has changed, so that rows need not be made anew.
-    for (let place = 0; place < items.length; place += 1) {
-      const old = known.get(items[place].key);
-      if (old && old.message === items[place].message && old.first === items[place].first && old.last === items[place].last) items[place] = old;
-    }
-    this.#items = items;
+    const { from, to, known } = this.#change(messages);
     const newest = messages.at(-1);
-    const fresh = messages.filter(({ seq, mine }) => seq !== null && seq > this.#lastSeq && !mine);
+    const fresh = messages.slice(from, to).filter(({ seq, mine }) => seq !== null && seq > this.#lastSeq && !mine);
     const ownNew = newest?.mine && newest.seq === null && !known.has(`k ${newest.key}`);
     if (this.#lastSeq && fresh.length && !this.#first) {
       if (!this.#atEnd) this.#newBelow += fresh.length;
@@ -126,15 +100,81 @@ export class MessageList extends TidingsElement {
     }
     this.#lastSeq = Math.max(this.#lastSeq, ...messages.slice(-50).map(({ seq }) => seq ?? 0), 0);
     if (ownNew) this.#atEnd = true;
-    if (this.#first && items.length) {
+    if (this.#first && messages.length) {
       this.#first = false;
-      const at = items.findIndex((item) => item.fresh);
-      if (at > 0) {
+      if (this.#fresh > 0) {
         this.#atEnd = false;
-        this.#goTo = at;
+        this.#goTo = this.#fresh;
       }
     }
     this.#later();
+  }
+
+  /**
+   * Bring the rows up to date. Most of the time something has come at the end or above, or one message is another: what stands
+   * before and behind that is left as it is, for it may be 100,000 rows.
+   * @param {any[]} messages
+   */
+  #change(messages) {
+    const taken = this.#taken;
+    const marker = this.#channel.firstUnread.get();
+    const least = Math.min(messages.length, taken.length);
+    let from = 0;
+    let rest = 0;
+    if (marker === this.#marker) {
+      while (from < least && messages[from] === taken[from]) from += 1;
+      while (rest < least - from && messages.at(-1 - rest) === taken.at(-1 - rest)) rest += 1;
+      // A neighbour may stand in another group now.
+      from = Math.max(0, from - 1);
+      rest = Math.max(0, rest - 1);
+      const marked = rest > 0 && this.#items[this.#fresh] && this.#fresh >= this.#begins[taken.length - rest];
+      if (marked && messages.slice(from, messages.length - rest).some((message) => unread(message, marker))) from = rest = 0;
+    }
+    const to = messages.length - rest;
+    const start = this.#begins[from] ?? this.#items.length;
+    const end = rest ? this.#begins[taken.length - rest] : this.#items.length;
+    const known = new Map(this.#items.slice(start, end).map((item) => [item.key, item]));
+    /** @type {any[]} */ const items = [];
+    /** @type {number[]} */ const begins = [];
+    if (this.#fresh >= start && this.#fresh < end) this.#fresh = -1;
+    const behind = this.#fresh >= end;
+    let marked = marker === null || this.#fresh >= 0;
+    let last = messages[from - 1];
+    let [dawn, dusk] = last ? day(Date.parse(last.created_at)) : [0, 0];
+    for (let place = from; place < to; place += 1) {
+      const message = messages[place];
+      const at = Date.parse(message.created_at);
+      begins.push(start + items.length);
+      if (at < dawn || at >= dusk) {
+        [dawn, dusk] = day(at);
+        items.push(known.get(`day ${dawn}`) ?? { key: `day ${dawn}`, day: new Date(at) });
+        last = undefined;
+      }
+      if (!marked && unread(message, marker)) {
+        this.#fresh = start + items.length;
+        items.push(known.get("new") ?? { key: "new", fresh: true });
+        marked = true;
+        last = undefined;
+      }
+      const first = !last || last.user !== message.user || at - Date.parse(last.created_at) > GROUP_MS;
+      if (items.length && !first) items[items.length - 1].last = false;
+      items.push({ key: message.key && message.mine ? `k ${message.key}` : `s ${message.seq}`, message, first, last: true });
+      last = message;
+    }
+    if (items.length && this.#items[end]?.first === false) items[items.length - 1].last = false;
+    // Objects stay the same where nothing has changed, so that rows need not be made anew.
+    for (let place = 0; place < items.length; place += 1) {
+      const old = known.get(items[place].key);
+      if (old && old.message === items[place].message && old.first === items[place].first && old.last === items[place].last) items[place] = old;
+    }
+    const more = items.length - (end - start);
+    if (behind) this.#fresh += more;
+    this.#items = [...this.#items.slice(0, start), ...items, ...this.#items.slice(end)];
+    this.#begins = [...this.#begins.slice(0, from), ...begins, ...this.#begins.slice(taken.length - rest).map((place) => place + more)];
+    this.#heights.replace(start, end - start, items.map(({ key }) => this.#measured.get(key)));
+    this.#taken = messages;
+    this.#marker = marker;
+    return { from, to, known };
   }
 
   #later() {
@@ -149,23 +189,18 @@ export class MessageList extends TidingsElement {
 
   // ---------------------------------------------------------------- only what is in view
 
-  /** @param {any} item */
-  #height(item) {
-    return this.#heights.get(item.key) ?? HEIGHT;
-  }
-
   #draw() {
     const { scrollTop, clientHeight } = this.#scroll;
     if (!clientHeight || !this.isConnected) return;
     const anchor = this.#atEnd ? null : this.#anchor();
     const wanted = this.#goTo;
     this.#goTo = null;
-    let top = wanted !== null ? Math.max(0, this.#sum(wanted) - clientHeight / 3) : this.#atEnd ? Infinity : scrollTop;
+    let top = wanted !== null ? Math.max(0, this.#heights.top(wanted) - clientHeight / 3) : this.#atEnd ? Infinity : scrollTop;
     const anchored = anchor ? this.#items.findIndex((item) => item.key === anchor.key) : -1;
     for (let turn = 0; turn < 3; turn += 1) {
       // What one looks at may stand elsewhere now: older messages have come above it, or rows turned out to be higher.
-      if (anchor && anchored >= 0 && wanted === null) top = this.#sum(anchored) - anchor.offset;
-      const total = this.#sum(this.#items.length);
+      if (anchor && anchored >= 0 && wanted === null) top = this.#heights.top(anchored) - anchor.offset;
+      const total = this.#heights.top();
       if (!this.#fill(Math.max(0, Math.min(top, total - clientHeight)), clientHeight)) break;
     }
     if (this.#atEnd) this.#scroll.scrollTop = this.#scroll.scrollHeight;
@@ -186,24 +221,14 @@ export class MessageList extends TidingsElement {
     return null;
   }
 
-  /** @param {number} until */
-  #sum(until) {
-    let sum = 0;
-    for (let place = 0; place < until; place += 1) sum += this.#height(this.#items[place]);
-    return sum;
-  }
-
   /** Make the rows around a place; whether one of them turned out to have another height. @param {number} top @param {number} height */
   #fill(top, height) {
     const items = this.#items;
-    let start = 0;
-    let above = 0;
-    while (start < items.length && above + this.#height(items[start]) < top - BEYOND) above += this.#height(items[start++]);
-    let end = start;
-    let sum = above;
-    while (end < items.length && sum < top + height + BEYOND) sum += this.#height(items[end++]);
-    let below = 0;
-    for (let place = end; place < items.length; place += 1) below += this.#height(items[place]);
+    const heights = this.#heights;
+    const start = heights.find(top - BEYOND);
+    const end = Math.min(items.length, heights.find(top + height + BEYOND) + 1);
+    const above = heights.top(start);
+    const below = heights.top() - heights.top(end);
     // What has the focus stays, wherever it is scrolled to.
     const active = /** @type {any} */ (this.root.activeElement)?.closest?.("[data-key]")?.dataset.key;
     const wanted = new Set();
@@ -235,10 +260,11 @@ export class MessageList extends TidingsElement {
     this.#below.style.height = `${below}px`;
     let changed = false;
     for (let place = start; place < end; place += 1) {
-      const element = this.#made.get(items[place].key)?.element;
-      const now = element?.getBoundingClientRect().height ?? 0;
-      if (now && Math.abs(now - this.#height(items[place])) > 0.5) {
-        this.#heights.set(items[place].key, now);
+      const { key } = items[place];
+      const now = this.#made.get(key)?.element.getBoundingClientRect().height ?? 0;
+      if (now && Math.abs(now - heights.at(place)) > 0.5) {
+        heights.set(place, now);
+        this.#measured.set(key, now);
         changed = true;
       }
     }
@@ -469,3 +495,13 @@ export class MessageList extends TidingsElement {
     newest?.focus();
   }
 }
+
+/** The day of a moment where the reader is: when it begins and when the next one does, ms. @param {number} at @returns {[number, number]} */
+function day(at) {
+  const from = new Date(at).setHours(0, 0, 0, 0);
+  const next = new Date(from);
+  return [from, next.setDate(next.getDate() + 1)];
+}
+
+/** @param {any} message @param {number | null} marker the first unread one's seq */
+const unread = ({ seq, mine }, marker) => marker !== null && seq !== null && seq >= marker && !mine;
