@@ -195,3 +195,32 @@ async def test_rows_after_any_change_are_those_of_a_list_made_anew(stage: Stage)
       return wrong;
     }""")
     assert outcome == []
+
+
+async def test_the_tab_key_reaches_one_message_and_what_has_the_focus_keeps_it_out_of_view(stage: Stage) -> None:
+    page = await the_list(stage, 2_000)
+    await until(page, LAST, "message 2000")
+    stops = "() => [...box.root.querySelectorAll('article[tabindex=\"0\"]')].map((one) => one.ariaPosInSet)"
+    await until(page, "() => box.root.querySelector('article[tabindex=\"0\"]') !== null")
+    assert await page.evaluate(stops) == ["2000"]
+    await page.keyboard.press("Tab")
+    focused = "() => box.root.activeElement?.getAttribute('aria-posinset')"
+    assert await page.evaluate(focused) == "2000"
+    await page.keyboard.press("ArrowUp")
+    assert await page.evaluate(stops) == ["1999"]
+    # Far away: the message keeps the focus, and stands in nobody's way.
+    await page.evaluate("() => { scroller().scrollTop = 0; }")
+    await until(page, "() => firstRow()?.[0] === 'k m1' || box.root.querySelector('[aria-posinset=\"1\"]') !== null")
+    assert await page.evaluate(focused) == "1999"
+    assert await page.evaluate("() => getComputedStyle(box.root.activeElement.parentElement).opacity") == "0"
+    await page.keyboard.press("ArrowUp")
+    assert await page.evaluate(focused) == "1998"
+    seen = """() => {
+      const [one, all] = [box.root.activeElement.getBoundingClientRect(), scroller().getBoundingClientRect()];
+      return one.top >= all.top - 1 && one.bottom <= all.bottom + 1;
+    }"""
+    await until(page, seen)
+    await page.keyboard.press("Home")
+    assert await page.evaluate(focused) == "1"
+    await page.keyboard.press("End")
+    assert await page.evaluate(focused) == "2000"

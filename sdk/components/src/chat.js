@@ -15,6 +15,18 @@ export class Chat extends TidingsElement {
   /** @type {(() => void)[]} */ #shown = [];
   /** @type {string | null} */ #id = null;
 
+  constructor() {
+    super();
+    const { root } = this;
+    root.addEventListener("tidings-channel-selected", (/** @type {any} */ event) => this.#select(event.detail.channel, true));
+    root.addEventListener("tidings-reply", (/** @type {any} */ event) => this.#composer?.reply(event.detail.message));
+    root.addEventListener("tidings-edit", (/** @type {any} */ event) => this.#composer?.edit(event.detail.message));
+    // Out of the messages, back to where one writes.
+    root.addEventListener("keydown", (/** @type {any} */ event) => {
+      if (event.key === "Escape" && !event.defaultPrevented && event.target === this.#messages) this.#composer?.focus();
+    });
+  }
+
   begin() {
     this.#list = document.createElement("tidings-channel-list");
     this.#pass(this.#list);
@@ -23,9 +35,6 @@ export class Chat extends TidingsElement {
     this.#frame = h("div", { class: "frame" }, h("div", { class: "chat" }, h("div", { class: "side" }, this.#banner, this.#list), this.#talk));
     this.#frame.style.height = "100%";
     this.root.replaceChildren(this.#frame);
-    this.root.addEventListener("tidings-channel-selected", (/** @type {any} */ event) => this.#select(event.detail.channel, true));
-    this.root.addEventListener("tidings-reply", (/** @type {any} */ event) => this.#composer?.reply(event.detail.message));
-    this.root.addEventListener("tidings-edit", (/** @type {any} */ event) => this.#composer?.edit(event.detail.message));
     const sized = new ResizeObserver(([{ contentRect }]) => this.#frame.classList.toggle("narrow", contentRect.width < NARROW));
     sized.observe(this);
     this.atEnd(() => sized.disconnect());

@@ -59,7 +59,7 @@ export class MessageList extends TidingsElement {
     this.#channel = this.client.channel(id);
     this.#above = h("div", { "aria-hidden": "true" });
     this.#below = h("div", { "aria-hidden": "true" });
-    this.#rows = h("div", { role: "feed", "aria-label": this.say("messages"), onkeydown: (/** @type {KeyboardEvent} */ event) => this.#key(event) });
+    this.#rows = h("div", { role: "feed", "aria-label": this.say("messages"), onfocusin: (/** @type {any} */ { target }) => this.#focusedIn(target), onkeydown: (/** @type {KeyboardEvent} */ event) => this.#key(event) });
     this.#note = h("p", { class: "empty" });
     this.#scroll = h("div", { class: "scroll", part: "messages", tabindex: "-1", onscroll: () => this.#scrolled() }, this.#above, this.#rows, this.#below, this.#note);
     this.#latest = h("button", { type: "button", class: "latest", part: "latest", hidden: true, onclick: () => void this.toLatest() });
@@ -216,6 +216,7 @@ export class MessageList extends TidingsElement {
   #anchor() {
     const { scrollTop } = this.#scroll;
     for (const element of this.#rows.children) {
+      if (element.classList.contains("aside")) continue;
       if (element.offsetTop + element.offsetHeight > scrollTop) return { key: element.dataset.key, offset: element.offsetTop - scrollTop };
     }
     return null;
@@ -252,6 +253,7 @@ export class MessageList extends TidingsElement {
       else this.#rows.insertBefore(made.element, at);
     }
     for (const [key, { element }] of this.#made) {
+      element.classList.toggle("aside", !wanted.has(key));
       if (wanted.has(key) || key === active) continue;
       element.remove();
       this.#made.delete(key);
@@ -284,6 +286,7 @@ export class MessageList extends TidingsElement {
       if (has_before && scrollTop < 800) void this.#channel.loadBefore(50);
       else if (has_after && scrollHeight - scrollTop - clientHeight < 800) void this.#channel.loadAfter(50);
     }
+    this.#rove();
     if (this.#atEnd) {
       this.#newBelow = 0;
       this.#channel.trim?.();
@@ -351,13 +354,13 @@ export class MessageList extends TidingsElement {
       { class: classes.filter(Boolean).join(" "), "data-key": item.key },
       h(
         "article",
-        { onpointerenter: near, onfocusin: near, class: "message", part: "message", tabindex: item.key === this.#focused ? "0" : "-1", "aria-label": `${name}, ${time}`, "aria-setsize": "-1", "aria-posinset": message.seq ?? undefined },
+        { onpointerenter: near, onfocusin: near, class: "message", part: "message", tabindex: "-1", "aria-label": `${name}, ${time}`, "aria-describedby": idOf(item.key), "aria-setsize": "-1", "aria-posinset": message.seq ?? undefined },
         h("div", { class: "face" }, last && !mine && avatar(message.user ?? "", name, profile?.get().avatar_url)),
         h(
           "div",
           { class: "body" },
           first && !mine && h("div", { class: "author" }, name),
-          h("div", { class: "bubble", part: mine ? "bubble bubble-mine" : "bubble", dir: "auto" }, ...(gone ? [this.say("deleted")] : this.#content(message))),
+          h("div", { class: "bubble", id: idOf(item.key), part: mine ? "bubble bubble-mine" : "bubble", dir: "auto" }, ...(gone ? [this.say("deleted")] : this.#content(message))),
           !gone && message.reactions?.length > 0 && this.#reactions(message),
           (last || state === "failed" || message.edited_at) && this.#meta(message, at, time),
         ),
@@ -462,37 +465,79 @@ export class MessageList extends TidingsElement {
 
   // ---------------------------------------------------------------- by keyboard
 
+  /** One message takes part in the order of the Tab key: the one that had the focus last, else the newest in view. */
+  #rove() {
+    const focused = this.#made.get(this.#focused ?? "")?.element.querySelector("article");
+    const { bottom } = this.#scroll.getBoundingClientRect();
+    /** @type {any[]} */ const articles = [...this.#rows.querySelectorAll("article")];
+    const one = focused ?? articles.filter((article) => article.getBoundingClientRect().top < bottom).at(-1);
+    for (const article of articles) if (article.tabIndex !== (article === one ? 0 : -1)) article.tabIndex = article === one ? 0 : -1;
+  }
+
+  /** @param {HTMLElement} target */
+  #focusedIn(target) {
+    this.#focused = /** @type {any} */ (target.closest("[data-key]"))?.dataset.key ?? null;
+    this.#rove();
+  }
+
+  /** Where a message is among the rows, from a place on in one direction; -1 if there is none. @param {number} place @param {number} step */
+  #next(place, step) {
+    for (; place >= 0 && place < this.#items.length; place += step) if (this.#items[place].message) return place;
+    return -1;
+  }
+
+  /** @param {number} place */
+  #focus(place) {
+    const { key } = this.#items[place];
+    const made = this.#made.get(key)?.element;
+    if (!made || made.classList.contains("aside")) {
+      this.#atEnd = false;
+      this.#goTo = place;
+      this.#draw();
+    }
+    const article = this.#made.get(key)?.element.querySelector("article");
+    this.#focused = key;
+    article?.focus({ preventScroll: true });
+    article?.scrollIntoView({ block: "nearest" });
+    this.#rove();
+  }
+
   /** @param {KeyboardEvent} event */
   #key(event) {
     const active = /** @type {any} */ (this.root.activeElement);
     const article = active?.closest("article");
-    if (!article) return;
-    const articles = [...this.#rows.querySelectorAll("article")];
-    const at = articles.indexOf(article);
-    const inToolbar = active.closest(".actions");
+    if (!article || event.altKey || event.ctrlKey || event.metaKey) return;
     const buttons = [...article.querySelectorAll(".actions button")];
-    /** @type {any} */ let to;
-    if (inToolbar) {
-      const place = buttons.indexOf(active);
-      if (event.key === "Escape") to = article;
-      else if (event.key === "ArrowRight" || event.key === "ArrowLeft") {
-        const step = (event.key === "ArrowRight") === (getComputedStyle(this).direction !== "rtl") ? 1 : -1;
-        to = buttons[(place + step + buttons.length) % buttons.length];
-      }
-    } else if (event.key === "ArrowUp") to = articles[at - 1];
-    else if (event.key === "ArrowDown") to = articles[at + 1];
-    else if (event.key === "Enter" && active === article) to = buttons[0];
-    if (!to) return;
+    if (active.closest(".actions")) {
+      const step = (event.key === "ArrowRight") === (getComputedStyle(this).direction !== "rtl") ? 1 : -1;
+      const to = { Escape: article, ArrowRight: buttons.at((buttons.indexOf(active) + step) % buttons.length) }[event.key.replace("Left", "Right")];
+      if (!to) return;
+      event.preventDefault();
+      return to.focus({ preventScroll: true });
+    }
+    if (active !== article) {
+      if (event.key !== "Escape") return;
+      event.preventDefault();
+      return article.focus({ preventScroll: true });
+    }
+    if (event.key === "Enter") {
+      event.preventDefault();
+      return buttons[0]?.focus({ preventScroll: true });
+    }
+    const { key } = article.closest("[data-key]").dataset;
+    const at = this.#items.findIndex((item) => item.key === key);
+    const { length } = this.#items;
+    const [from, step] = { ArrowUp: [at - 1, -1], ArrowDown: [at + 1, 1], Home: [0, 1], End: [length - 1, -1] }[event.key] ?? [];
+    if (from === undefined || step === undefined) return;
     event.preventDefault();
-    this.#focused = to.closest("[data-key]").dataset.key;
-    to.focus({ preventScroll: true });
-    if (!inToolbar) to.scrollIntoView({ block: "nearest" });
+    const to = this.#next(from, step);
+    if (to >= 0) this.#focus(to);
   }
 
   /** The newest message gets the focus: where the arrows begin. */
   focusNewest() {
-    const newest = [...(this.#rows?.querySelectorAll("article") ?? [])].at(-1);
-    newest?.focus();
+    const newest = this.#next(this.#items.length - 1, -1);
+    if (newest >= 0) this.#focus(newest);
   }
 }
 
@@ -505,3 +550,6 @@ function day(at) {
 
 /** @param {any} message @param {number | null} marker the first unread one's seq */
 const unread = ({ seq, mine }, marker) => marker !== null && seq !== null && seq >= marker && !mine;
+
+/** The id of a bubble within the list, of letters that an id may have. @param {string} key */
+const idOf = (key) => `b-${key.replace(/\s+/g, "-")}`;

@@ -34,6 +34,11 @@ button { cursor: pointer; border: 0; background: none; padding: 0; }
 .tint4 { background: #1d4ed8 } .tint5 { background: #4d7c0f } .tint6 { background: #a21caf } .tint7 { background: #9f1239 }
 .round { width: 2.25rem; height: 2.25rem; border-radius: 50%; display: grid; place-items: center; color: var(--_soft); }
 .round:hover { background: var(--_tint); color: var(--_ink); }
+@media (forced-colors: active) {
+  .bubble, .badge, .day span, .actions, .latest { border: 1px solid CanvasText; }
+  .channel[aria-current="true"], .reaction[aria-pressed="true"] { outline: 2px solid Highlight; outline-offset: -2px; }
+  .dot.on::after { background: Highlight; forced-color-adjust: none; }
+}
 @media (prefers-reduced-motion: reduce) { *, *::before { animation: none !important; transition: none !important; scroll-behavior: auto !important; } }
 
 /* the whole */
@@ -77,6 +82,7 @@ tidings-message-list, tidings-channel-list { flex: 1; min-height: 0; }
 .messages { position: relative; height: 100%; }
 .scroll { height: 100%; overflow-y: auto; overflow-anchor: none; padding: .5rem 0 .75rem; overscroll-behavior: contain; scrollbar-gutter: stable; }
 .row { padding: 0 var(--_gap); }
+.aside { position: absolute; inset-inline: 0; inset-block-start: 0; opacity: 0; pointer-events: none; }
 .day { text-align: center; padding: 1rem 0 .6rem; }
 .day span { font-size: .76rem; color: var(--_soft); background: var(--_tint); padding: .2rem .75rem; border-radius: 1rem; }
 .fresh { display: flex; align-items: center; gap: .75rem; color: var(--_alert); font-size: .76rem; font-weight: 650; padding: .6rem var(--_gap); }
@@ -103,7 +109,7 @@ tidings-message-list, tidings-channel-list { flex: 1; min-height: 0; }
 .meta .icon { width: .95rem; height: .95rem; stroke-width: 2.2; }
 .meta .icon-ticks.is-read { color: var(--_accent); }
 .failed .meta { color: var(--_alert); }
-.failed .meta button { text-decoration: underline; padding: .25rem; }
+.failed .meta button { text-decoration: underline; padding: .25rem; min-height: 1.6rem; min-width: 1.6rem; }
 .reactions { display: flex; flex-wrap: wrap; gap: .3rem; padding: .25rem .3rem 0; }
 .reaction { border: 1px solid var(--_line); background: var(--_paper); border-radius: 1rem; font-size: .8rem; padding: .1rem .5rem; min-height: 1.6rem; }
 .reaction[aria-pressed="true"] { border-color: var(--_accent); background: color-mix(in srgb, var(--_accent) 13%, var(--_paper)); }
