@@ -1,6 +1,7 @@
 import { applied } from "./core.js";
 import { TidingsError } from "./errors.js";
 import { Value } from "./readable.js";
+import { Thread } from "./thread.js";
 
 const PAGE = 50;
 /** A signal of typing in this time; the server shows it for six seconds. */
@@ -45,6 +46,8 @@ export class Channel {
     this.receipts = new Value(new Map());
     /** @type {Value<number | null>} */
     this.firstUnread = new Value(/** @type {number | null} */ (null));
+    /** Those that somebody looks at. @type {Set<Thread>} */
+    this.threads = new Set();
     this.draft = new Value(client.link?.drafts?.get(id) ?? "");
   }
 
@@ -125,6 +128,7 @@ export class Channel {
     this.#meanwhile = null;
     this.#window = page?.messages ?? [];
     this.#head = page?.head ?? 0;
+    for (const thread of this.threads) thread.reset();
     this.#set({ ready: true, has_before: page?.has_before ?? false, has_after: page?.has_after ?? false, head: this.#head });
     this.#show();
   }
@@ -219,6 +223,7 @@ export class Channel {
     if (event.type.startsWith("member.")) this.#memberChanged(event);
     if (this.#meanwhile) this.#meanwhile.push(event);
     else this.#apply(event);
+    for (const thread of this.threads) thread.heard(event);
   }
 
   /** @param {any} event */
@@ -264,17 +269,21 @@ export class Channel {
     this.#show();
   }
 
+  /** A message as it is shown here: whose it is, and how far it got. @param {any} message @param {{delivered: number, read: number}} [reached] */
+  viewOf(message, { delivered, read } = this.#reached()) {
+    const me = this.#client.user;
+    const mine = message.user === me && me !== undefined;
+    const state = !mine ? "sent" : message.seq <= read ? "read" : message.seq <= delivered ? "delivered" : "sent";
+    let view = this.#views.get(message);
+    // The same object as long as nothing about it has changed: who shows it need not look closer.
+    if (view?.state !== state || view.mine !== mine) this.#views.set(message, (view = { ...message, mine, state }));
+    return view;
+  }
+
   #render() {
     const me = this.#client.user;
-    const { delivered, read } = this.#reached();
-    const shown = this.#window.map((message) => {
-      const mine = message.user === me && me !== undefined;
-      const state = !mine ? "sent" : message.seq <= read ? "read" : message.seq <= delivered ? "delivered" : "sent";
-      let view = this.#views.get(message);
-      // The same object as long as nothing about it has changed: who shows it need not look closer.
-      if (view?.state !== state || view.mine !== mine) this.#views.set(message, (view = { ...message, mine, state }));
-      return view;
-    });
+    const reached = this.#reached();
+    const shown = this.#window.map((message) => this.viewOf(message, reached));
     if (this.state.get().has_after) return shown;
     const there = new Set(this.#window.slice(-100).filter(({ user }) => user === me).map(({ key }) => key));
     for (const message of this.#sent.values()) if (!there.has(message.key)) shown.push({ ...message, mine: true, state: "sent" });
@@ -406,6 +415,11 @@ export class Channel {
   send({ key = this.#client.newId(), ...content }) {
     if (this.#typedAt) this.#typedAt = 0;
     return this.#client.send(this.id, key, content);
+  }
+
+  /** The replies to a message. @param {string} id the message's */
+  thread(id) {
+    return new Thread(this.#client, this, id);
   }
 
   /** @param {string} key */
