@@ -78,6 +78,35 @@ async def test_two_people_talk_and_see_each_other_typing_and_reading(stage: Stag
     await amira.wait_for_selector(".reaction >> text=👍")
 
 
+async def test_a_thread_is_open_beside_the_conversation_and_grows_on_both_sides(stage: Stage) -> None:
+    amira, lena = await stage.enter("amira"), await stage.enter("lena")
+    await write(amira, "Which exercises are best in the morning?")
+    await lena.wait_for_selector(".bubble >> text=Which exercises")
+    await lena.locator("article", has_text="Which exercises").hover()
+    await lena.locator("article", has_text="Which exercises").get_by_role("button", name="Open thread").click()
+    thread = lena.locator("tidings-thread")
+    # The place to write has the focus.
+    await lena.wait_for_selector("tidings-thread .bubble >> text=Which exercises")
+    await lena.keyboard.type("Heel slides, ten of them.")
+    await lena.keyboard.press("Enter")
+    await thread.locator(".bubble", has_text="Heel slides").wait_for()
+    await amira.get_by_role("button", name="1 reply").click()
+    await amira.locator("tidings-thread .bubble", has_text="Heel slides").wait_for()
+    await amira.keyboard.type("Before breakfast?")
+    await amira.keyboard.press("Enter")
+    await thread.locator(".bubble", has_text="Before breakfast?").wait_for()
+    assert await thread.locator(".bubble").all_inner_texts() == [
+        "Which exercises are best in the morning?",
+        "Heel slides, ten of them.",
+        "Before breakfast?",
+    ]
+    await lena.get_by_text("2 replies").first.wait_for()
+    await lena.keyboard.press("Escape")
+    await thread.wait_for(state="detached")
+    focused = f"() => {LIST}.activeElement?.innerText.includes('Which exercises')"
+    await until(lena, focused)
+
+
 async def test_what_is_written_without_a_network_leaves_once_and_what_was_missed_comes(stage: Stage) -> None:
     stage.expected = CUT
     here = await stage.context()

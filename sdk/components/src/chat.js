@@ -3,6 +3,8 @@ import { TidingsElement } from "./element.js";
 
 /** Below this width, in px, the list and the conversation take turns. */
 const NARROW = 640;
+/** Below this one a thread takes the place of its conversation. */
+const MIDDLE = 1040;
 
 /** Everything at once: the channels, and the conversation that is chosen. */
 export class Chat extends TidingsElement {
@@ -12,6 +14,7 @@ export class Chat extends TidingsElement {
   /** @type {any} */ #banner;
   /** @type {any} */ #messages;
   /** @type {any} */ #composer;
+  /** @type {any} */ #aside;
   /** @type {(() => void)[]} */ #shown = [];
   /** @type {string | null} */ #id = null;
 
@@ -21,6 +24,11 @@ export class Chat extends TidingsElement {
     root.addEventListener("tidings-channel-selected", (/** @type {any} */ event) => this.#select(event.detail.channel, true));
     root.addEventListener("tidings-reply", (/** @type {any} */ event) => this.#composer?.reply(event.detail.message));
     root.addEventListener("tidings-edit", (/** @type {any} */ event) => this.#composer?.edit(event.detail.message));
+    root.addEventListener("tidings-thread", (/** @type {any} */ event) => this.#openThread(event.detail));
+    root.addEventListener("tidings-thread-closed", (/** @type {any} */ event) => {
+      this.#closeThread();
+      if (!this.#messages?.focusMessage(event.detail.message)) this.#composer?.focus();
+    });
     // Out of the messages, back to where one writes.
     root.addEventListener("keydown", (/** @type {any} */ event) => {
       if (event.key === "Escape" && !event.defaultPrevented && event.target === this.#messages) this.#composer?.focus();
@@ -32,10 +40,14 @@ export class Chat extends TidingsElement {
     this.#pass(this.#list);
     this.#banner = h("div", { class: "banner", role: "status", hidden: true });
     this.#talk = h("section", { class: "talk" });
-    this.#frame = h("div", { class: "frame" }, h("div", { class: "chat" }, h("div", { class: "side" }, this.#banner, this.#list), this.#talk));
+    this.#aside = h("div", { class: "aside-pane", hidden: true });
+    this.#frame = h("div", { class: "frame" }, h("div", { class: "chat" }, h("div", { class: "side" }, this.#banner, this.#list), this.#talk, this.#aside));
     this.#frame.style.height = "100%";
     this.root.replaceChildren(this.#frame);
-    const sized = new ResizeObserver(([{ contentRect }]) => this.#frame.classList.toggle("narrow", contentRect.width < NARROW));
+    const sized = new ResizeObserver(([{ contentRect }]) => {
+      this.#frame.classList.toggle("narrow", contentRect.width < NARROW);
+      this.#frame.classList.toggle("middle", contentRect.width < MIDDLE);
+    });
     sized.observe(this);
     this.atEnd(() => sized.disconnect());
     this.atEnd(() => this.#hide());
@@ -45,7 +57,7 @@ export class Chat extends TidingsElement {
       this.#banner.classList.toggle("bad", state === "refused");
       if (said) this.#banner.textContent = this.say(said, { reason: error?.detail ?? "" });
     });
-    const themes = new MutationObserver(() => this.root.querySelectorAll("tidings-channel-list, tidings-message-list, tidings-composer").forEach((one) => this.#pass(/** @type {any} */ (one))));
+    const themes = new MutationObserver(() => this.root.querySelectorAll("tidings-channel-list, tidings-message-list, tidings-composer, tidings-thread").forEach((one) => this.#pass(/** @type {any} */ (one))));
     themes.observe(this, { attributes: true, attributeFilter: ["theme"] });
     this.atEnd(() => themes.disconnect());
     this.#id = null;
@@ -73,6 +85,7 @@ export class Chat extends TidingsElement {
     if (id === this.#id && this.#talk.childElementCount) return focus && this.#composer?.focus();
     this.#id = id;
     this.#hide();
+    this.#closeThread();
     if (!id) return this.#talk.replaceChildren(h("p", { class: "choose" }, this.say("choose")));
     const channel = this.client.channel(id);
     const title = h("h2");
@@ -141,6 +154,24 @@ export class Chat extends TidingsElement {
     if (focus && !matchMedia("(pointer: coarse)").matches) this.#composer.focus();
     else if (focus) back.focus();
     this.#list.setAttribute("channel", id);
+  }
+
+  /** @param {{channel: string, message: string}} of */
+  #openThread({ channel, message }) {
+    const thread = document.createElement("tidings-thread");
+    thread.setAttribute("channel", channel);
+    thread.setAttribute("message", message);
+    this.#aside.replaceChildren(thread);
+    this.#aside.hidden = false;
+    this.#frame.classList.add("threaded");
+    this.#pass(thread);
+    thread.focus();
+  }
+
+  #closeThread() {
+    this.#frame.classList.remove("threaded");
+    this.#aside.hidden = true;
+    this.#aside.replaceChildren();
   }
 
   #back() {

@@ -15,14 +15,14 @@ export class Composer extends TidingsElement {
   begin() {
     const id = this.getAttribute("channel");
     this.#about = null;
-    if (!id) return this.root.replaceChildren();
-    this.#channel = this.client.channel(id);
+    if (!id && !this.source) return this.root.replaceChildren();
+    this.#channel = this.source ?? this.client.channel(id);
     this.#context = h("div", { class: "context", hidden: true });
     this.#problem = h("div", { class: "problem", role: "alert", hidden: true });
     this.#text = h("textarea", {
       rows: "1",
-      "aria-label": this.say("write"),
-      placeholder: this.say("write"),
+      "aria-label": this.getAttribute("hint") ?? this.say("write"),
+      placeholder: this.getAttribute("hint") ?? this.say("write"),
       enterkeyhint: "send",
       dir: "auto",
       part: "input",

@@ -22,6 +22,7 @@ const PATHS = {
   send: "M4 12l16-7-6.500 16-2.800-6.200z",
   back: "M15 5l-7 7 7 7",
   down: "M12 5v13m-6-6l6 6 6-6",
+  thread: "M5 5h14v10h-8l-4 4v-4H5z",
   reply: "M9 7l-5 5 5 5M4 12h9a7 7 0 0 1 7 7",
   edit: "M4 20h4L19 9l-4-4L4 16z",
   trash: "M5 7h14M10 7V5h4v2M7 7l1 13h8l1-13",

@@ -26,6 +26,8 @@ export class TidingsElement extends HTMLElement {
     this.#restart();
   }
 
+  /** What stands in for the client's channel: a thread, say. Set it before `client`. @type {any} */ source;
+
   /** Words of one's own, by the names of `strings.js`. */
   get strings() {
     return this.#strings;

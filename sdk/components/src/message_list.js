@@ -30,6 +30,8 @@ export class MessageList extends TidingsElement {
   /** The messages as they were taken last, and for each the place where its rows begin. @type {any[]} */ #taken = [];
   /** @type {number[]} */ #begins = [];
   /** @type {number | null} */ #marker = null;
+  /** How many of the loaded messages answer which one. @type {Map<string, number>} */ #replies = new Map();
+  /** Messages that were answered and are not loaded; null while they are asked for. @type {Map<string, any>} */ #quoted = new Map();
   /** Where the line above what is new stands, or -1. */ #fresh = -1;
   /** @type {Map<string, {item: any, element: any}>} */ #made = new Map();
   #atEnd = true;
@@ -55,8 +57,9 @@ export class MessageList extends TidingsElement {
     this.#newBelow = 0;
     this.#lastSeq = 0;
     this.#focused = null;
-    if (!id) return this.root.replaceChildren();
-    this.#channel = this.client.channel(id);
+    this.#replies.clear();
+    if (!id && !this.source) return this.root.replaceChildren();
+    this.#channel = this.source ?? this.client.channel(id);
     this.#above = h("div", { "aria-hidden": "true" });
     this.#below = h("div", { "aria-hidden": "true" });
     this.#rows = h("div", { role: "feed", "aria-label": this.say("messages"), onfocusin: (/** @type {any} */ { target }) => this.#focusedIn(target), onkeydown: (/** @type {KeyboardEvent} */ event) => this.#key(event) });
@@ -172,9 +175,31 @@ export class MessageList extends TidingsElement {
     this.#items = [...this.#items.slice(0, start), ...items, ...this.#items.slice(end)];
     this.#begins = [...this.#begins.slice(0, from), ...begins, ...this.#begins.slice(taken.length - rest).map((place) => place + more)];
     this.#heights.replace(start, end - start, items.map(({ key }) => this.#measured.get(key)));
+    this.#countReplies(taken.slice(from, taken.length - rest), messages.slice(from, to));
     this.#taken = messages;
     this.#marker = marker;
     return { from, to, known };
+  }
+
+  /** @param {any[]} gone @param {any[]} come */
+  #countReplies(gone, come) {
+    if (this.#channel.rootId) return;
+    const changed = new Set();
+    for (const [messages, step] of /** @type {[any[], number][]} */ ([[gone, -1], [come, 1]])) {
+      for (const { reply_to, deleted_at } of messages) {
+        if (!reply_to || deleted_at) continue;
+        this.#replies.set(reply_to, (this.#replies.get(reply_to) ?? 0) + step);
+        changed.add(reply_to);
+      }
+    }
+    for (const id of changed) this.#again(this.#items.findIndex((item) => item.message?.id === id));
+  }
+
+  /** Make a row anew although its message is the same. @param {number} place */
+  #again(place) {
+    if (place < 0) return;
+    this.#items[place] = { ...this.#items[place] };
+    this.#later();
   }
 
   #later() {
@@ -321,13 +346,18 @@ export class MessageList extends TidingsElement {
   /** Show one message, wherever it is. @param {number} seq */
   async show(seq) {
     await this.#channel.jumpTo(seq);
+    // What has just been loaded is told with the next frame: it is needed now.
+    this.#take(this.#channel.messages.get());
     const at = this.#items.findIndex((item) => item.message?.seq === seq);
     if (at < 0) return;
     this.#atEnd = false;
     this.#goTo = at;
     this.#focused = this.#items[at].key;
     this.#draw();
-    this.#made.get(this.#focused ?? "")?.element.querySelector("article")?.focus({ preventScroll: true });
+    const found = this.#made.get(this.#focused ?? "")?.element;
+    found?.querySelector("article")?.focus({ preventScroll: true });
+    found?.classList.add("found");
+    found?.addEventListener("animationend", () => found.classList.remove("found"), { once: true });
   }
 
   // ---------------------------------------------------------------- one row
@@ -345,7 +375,7 @@ export class MessageList extends TidingsElement {
     const emoji = !gone && !message.attachments?.length && !message.reply_to && onlyEmoji(message.text ?? "");
     const at = new Date(message.created_at);
     const time = this.words.time.format(at);
-    const classes = ["row", mine && "mine", first && "first", last && "last", gone && "gone", emoji && "emoji", state === "failed" && "failed"];
+    const classes = ["row", mine && "mine", first && "first", last && "last", gone && "gone", emoji && "emoji", state === "failed" && "failed", message.id && message.id === this.#channel.rootId && "root"];
     const acts = !gone && message.seq !== null && !this.#channel.state.get().left;
     // What can be done with a message is made when somebody comes near: in a busy channel that is hardly any of them.
     const near = (/** @type {any} */ { currentTarget }) => acts && !currentTarget.querySelector(".actions") && currentTarget.append(this.#actions(message, name));
@@ -362,6 +392,7 @@ export class MessageList extends TidingsElement {
           first && !mine && h("div", { class: "author" }, name),
           h("div", { class: "bubble", id: idOf(item.key), part: mine ? "bubble bubble-mine" : "bubble", dir: "auto" }, ...(gone ? [this.say("deleted")] : this.#content(message))),
           !gone && message.reactions?.length > 0 && this.#reactions(message),
+          this.#answers(message),
           (last || state === "failed" || message.edited_at) && this.#meta(message, at, time),
         ),
       ),
@@ -373,9 +404,7 @@ export class MessageList extends TidingsElement {
     const end = profile.subscribe((/** @type {any} */ user) => {
       if (!user.name) return;
       queueMicrotask(() => end());
-      const at = this.#items.findIndex((item) => item.key === key);
-      if (at >= 0) this.#items[at] = { ...this.#items[at] };
-      this.#later();
+      this.#again(this.#items.findIndex((item) => item.key === key));
     });
     this.atEnd(end);
   }
@@ -383,13 +412,13 @@ export class MessageList extends TidingsElement {
   /** @param {any} message */
   #content(message) {
     const parts = [];
-    if (message.reply_to) {
-      const quoted = this.#items.find((item) => item.message?.id === message.reply_to)?.message;
+    if (message.reply_to && message.reply_to !== this.#channel.rootId) {
+      const quoted = this.#quote(message.reply_to, message);
       parts.push(
         h(
           "button",
           { type: "button", class: "quote", onclick: () => quoted && void this.show(quoted.seq) },
-          h("b", {}, quoted ? (quoted.mine ? this.say("you") : this.nameOf(quoted.user)) : this.say("reply")),
+          h("b", {}, quoted ? (quoted.user === this.client.user ? this.say("you") : this.nameOf(quoted.user)) : this.say("reply")),
           quoted ? (quoted.deleted_at ? this.say("deleted") : quoted.text || this.say("attachment")) : "…",
         ),
       );
@@ -397,6 +426,35 @@ export class MessageList extends TidingsElement {
     if (message.attachments?.length) parts.push(h("div", { class: "attachments" }, ...message.attachments.map((/** @type {any} */ one) => this.#attachment(one))));
     if (message.text) parts.push(...linked(message.text));
     return parts;
+  }
+
+  /** The message that was answered, asked for if it is not loaded. @param {string} id @param {any} by */
+  #quote(id, by) {
+    const loaded = this.#items.find((item) => item.message?.id === id)?.message;
+    if (loaded || this.#quoted.has(id)) return loaded ?? this.#quoted.get(id);
+    this.#quoted.set(id, null);
+    const channel = encodeURIComponent(this.#channel.id);
+    this.client.request?.("GET", `/v1/channels/${channel}/messages/${encodeURIComponent(id)}`).then(
+      (/** @type {any} */ message) => {
+        this.#quoted.set(id, message);
+        this.#again(this.#items.findIndex((item) => item.message?.id === by.id));
+      },
+      // Asked for again when the row is made again.
+      () => this.#quoted.delete(id),
+    );
+    return null;
+  }
+
+  /** The way to a message's thread, where somebody has answered. @param {any} message */
+  #answers(message) {
+    const count = this.#channel.rootId ? 0 : (message.reply_count ?? this.#replies.get(message.id) ?? 0);
+    if (!count) return null;
+    return h("button", { type: "button", class: "answers", part: "answers", onclick: () => this.#thread(message.id) }, icon("thread"), this.say("replies", { count }));
+  }
+
+  /** @param {string} id */
+  #thread(id) {
+    this.tell("thread", { channel: this.#channel.id, message: id });
   }
 
   /** @param {any} attachment */
@@ -452,7 +510,8 @@ export class MessageList extends TidingsElement {
       "div",
       { class: "actions", role: "toolbar", "aria-label": this.say("actions", { name }) },
       ...EMOJI.map((emoji) => button(emoji, this.say("react", { emoji }), () => this.#do(this.#channel.react(message.id, emoji)))),
-      button(icon("reply"), this.say("reply"), ask("reply")),
+      !this.#channel.rootId && button(icon("reply"), this.say("reply"), ask("reply")),
+      !this.#channel.rootId && button(icon("thread"), this.say("open_thread"), () => this.#thread(message.reply_to ?? message.id)),
       message.mine && message.text && button(icon("edit"), this.say("edit"), ask("edit")),
       message.mine && button(icon("trash"), this.say("delete"), () => this.#do(this.#channel.delete(message.id))),
     );
@@ -532,6 +591,13 @@ export class MessageList extends TidingsElement {
     event.preventDefault();
     const to = this.#next(from, step);
     if (to >= 0) this.#focus(to);
+  }
+
+  /** A message gets the focus, if it is loaded; whether it is. @param {string} id */
+  focusMessage(id) {
+    const place = this.#items.findIndex((item) => item.message?.id === id);
+    if (place >= 0) this.#focus(place);
+    return place >= 0;
   }
 
   /** The newest message gets the focus: where the arrows begin. */

@@ -57,6 +57,15 @@ button { cursor: pointer; border: 0; background: none; padding: 0; }
 .choose { flex: 1; display: grid; place-items: center; color: var(--_soft); padding: 2rem; text-align: center; }
 tidings-message-list, tidings-channel-list { flex: 1; min-height: 0; }
 
+.thread { display: flex; flex-direction: column; height: 100%; min-height: 0; }
+.aside-pane { min-width: 0; min-height: 0; display: flex; flex-direction: column; border-inline-start: 1px solid var(--_line); }
+.aside-pane tidings-thread { flex: 1; min-height: 0; }
+.threaded .chat { grid-template-columns: minmax(16rem, 20rem) 1fr minmax(18rem, 24rem); }
+.threaded.middle .chat { grid-template-columns: minmax(16rem, 22rem) 1fr; }
+.threaded.narrow .chat { grid-template-columns: 1fr; }
+.threaded.middle .talk, .threaded.narrow .talk { display: none; }
+.threaded.narrow .aside-pane { border: 0; }
+
 /* channels */
 .channels { height: 100%; display: flex; flex-direction: column; min-height: 0; }
 .filter { padding: .75rem var(--_gap) .5rem; }
@@ -113,6 +122,13 @@ tidings-message-list, tidings-channel-list { flex: 1; min-height: 0; }
 .reactions { display: flex; flex-wrap: wrap; gap: .3rem; padding: .25rem .3rem 0; }
 .reaction { border: 1px solid var(--_line); background: var(--_paper); border-radius: 1rem; font-size: .8rem; padding: .1rem .5rem; min-height: 1.6rem; }
 .reaction[aria-pressed="true"] { border-color: var(--_accent); background: color-mix(in srgb, var(--_accent) 13%, var(--_paper)); }
+.answers { display: inline-flex; gap: .35rem; align-items: center; min-height: 1.6rem; padding: .15rem .6rem; margin-top: .15rem; border-radius: 1rem; font-size: .8rem; font-weight: 600; color: var(--_accent); }
+.answers:hover { background: var(--_tint); }
+.answers .icon { width: 1rem; height: 1rem; }
+.row.root { border-bottom: 1px solid var(--_line); padding-bottom: .75rem; }
+.row.root + .row { padding-top: .5rem; }
+.found .bubble { animation: found 1.6s ease-out; }
+@keyframes found { 0%, 40% { box-shadow: 0 0 0 3px var(--_accent) } 100% { box-shadow: 0 0 0 3px transparent } }
 .attachments { display: grid; gap: .4rem; margin-bottom: .3rem; }
 .attachments img { display: block; max-width: 100%; max-height: 20rem; height: auto; border-radius: calc(var(--_radius) - .4rem); background: var(--_tint); }
 .file { display: flex; gap: .6rem; align-items: center; text-decoration: none; }
