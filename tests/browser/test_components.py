@@ -138,6 +138,16 @@ async def test_nothing_that_somebody_wrote_runs_or_leads_astray(stage: Stage) ->
     assert not any("\u202e" in href or "%E2%80%AE" in href for href, _ in links)
 
 
+async def test_each_text_is_read_in_its_own_direction(stage: Stage) -> None:
+    page = await the_list(stage, [{"text": "שלום world"}, {"text": "hello שלום", "reply_to": "m1"}])
+    await until(page, "() => box.root.querySelectorAll('.text').length === 2")
+    found = await page.evaluate(
+        "() => [...box.root.querySelectorAll('.text')].map((one) => getComputedStyle(one).direction)"
+    )
+    assert found == ["rtl", "ltr"]
+    assert await page.evaluate("() => getComputedStyle(box.root.querySelector('.quote span')).direction") == "rtl"
+
+
 async def test_messages_are_reached_and_acted_on_by_keyboard(stage: Stage) -> None:
     page = await the_list(stage, 40)
     await page.evaluate("() => box.focusNewest()")

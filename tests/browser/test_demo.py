@@ -107,6 +107,30 @@ async def test_a_thread_is_open_beside_the_conversation_and_grows_on_both_sides(
     await until(lena, focused)
 
 
+async def test_people_are_offered_and_mentioned_by_keyboard(stage: Stage) -> None:
+    amira, lena = await stage.enter("amira"), await stage.enter("lena")
+    await until(amira, "() => chat.userOf('lena').get().name")
+    await amira.focus("textarea")
+    await amira.keyboard.type("Could you look, @le")
+    await amira.wait_for_selector("[role=option][aria-selected=true] >> text=Dr. Lena Weiss")
+    assert await amira.get_by_role("option").count() == 1
+    await amira.keyboard.press("Enter")
+    assert await amira.input_value("textarea") == "Could you look, @Dr. Lena Weiss "
+    assert not await amira.get_by_role("listbox").is_visible()
+    await amira.keyboard.type("please?")
+    await amira.keyboard.press("Enter")
+    await lena.wait_for_selector(".mention.me >> text=@Dr. Lena Weiss")
+    await amira.wait_for_selector(".mention:not(.me) >> text=@Dr. Lena Weiss")
+    assert (await stored(stage.server))[-1]["mentions"] == ["lena"]
+    # Given up: Escape closes the list, and Enter sends what is written.
+    await amira.keyboard.type("@")
+    assert await amira.get_by_role("option").count() == 2
+    await amira.keyboard.press("Escape")
+    await amira.keyboard.press("Enter")
+    await until(amira, "() => chat.outbox.get().length === 0")
+    assert "mentions" not in (await stored(stage.server))[-1]
+
+
 async def test_what_is_written_without_a_network_leaves_once_and_what_was_missed_comes(stage: Stage) -> None:
     stage.expected = CUT
     here = await stage.context()

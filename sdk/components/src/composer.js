@@ -1,5 +1,6 @@
 import { h, icon } from "./dom.js";
 import { TidingsElement } from "./element.js";
+import { Mentions } from "./mentions.js";
 
 const LENGTH = 20_000;
 
@@ -11,6 +12,7 @@ export class Composer extends TidingsElement {
   /** @type {any} */ #context;
   /** @type {any} */ #problem;
   /** @type {any} */ #about = null;
+  /** @type {any} */ #mentions;
 
   begin() {
     const id = this.getAttribute("channel");
@@ -28,8 +30,13 @@ export class Composer extends TidingsElement {
       part: "input",
       oninput: () => this.#written(),
       onkeydown: (/** @type {KeyboardEvent} */ event) => this.#key(event),
-      onblur: () => this.#channel.setTyping(false),
+      onblur: () => {
+        this.#channel.setTyping(false);
+        this.#mentions.close();
+      },
+      onclick: () => this.#mentions.look(),
     });
+    this.#mentions = new Mentions(this, this.#channel, this.#text, () => this.#written());
     this.#send = h("button", { type: "submit", class: "send", part: "send", "aria-label": this.say("send"), title: this.say("send") }, icon("send"));
     const form = h(
       "form",
@@ -41,7 +48,8 @@ export class Composer extends TidingsElement {
         },
       },
       this.#context,
-      h("div", { class: "field" }, this.#text, this.#send),
+      h("div", { class: "field" }, this.#mentions.list, this.#text, this.#send),
+      this.#mentions.said,
       this.#problem,
     );
     const closed = h("p", { class: "composer closed", hidden: true });
@@ -74,6 +82,7 @@ export class Composer extends TidingsElement {
   edit(message) {
     this.#set({ edit: message });
     this.#text.value = message.text;
+    this.#mentions.keep(message.mentions ?? []);
     this.#grow();
   }
 
@@ -104,6 +113,7 @@ export class Composer extends TidingsElement {
     if (text) this.#channel.setTyping();
     else this.#channel.setTyping(false);
     this.#grow();
+    this.#mentions.look();
   }
 
   #grow() {
@@ -120,6 +130,7 @@ export class Composer extends TidingsElement {
   #key(event) {
     // While characters are being composed Enter chooses one.
     if (event.isComposing || event.keyCode === 229) return;
+    if (this.#mentions.key(event)) return;
     if (event.key === "Enter" && !event.shiftKey) {
       event.preventDefault();
       this.#submit();
@@ -141,14 +152,17 @@ export class Composer extends TidingsElement {
     const { reply, edit } = this.#about ?? {};
     this.#channel.setTyping(false);
     if (edit) {
-      if (text !== edit.text) this.#channel.edit(edit.id, { text }).catch((/** @type {any} */ error) => this.tell("error", { error }));
+      const mentions = this.#mentions.in(text);
+      if (text !== edit.text) this.#channel.edit(edit.id, { text, ...(mentions.length || edit.mentions?.length ? { mentions } : {}) }).catch((/** @type {any} */ error) => this.tell("error", { error }));
       return this.#cancel();
     }
-    const message = { text, ...(reply ? { reply_to: reply.id } : {}) };
+    const mentions = this.#mentions.in(text);
+    const message = { text, ...(mentions.length ? { mentions } : {}), ...(reply ? { reply_to: reply.id } : {}) };
     if (!this.tell("send", { channel: this.#channel.id, message })) return;
     this.#channel.send(message);
     this.#channel.setDraft("");
     this.#text.value = "";
+    this.#mentions.forget();
     if (this.#about) this.#set(null);
     this.#grow();
   }

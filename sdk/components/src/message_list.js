@@ -1,6 +1,7 @@
 import { avatar, h, icon, linked, onlyEmoji, safeUrl } from "./dom.js";
 import { TidingsElement } from "./element.js";
 import { Heights } from "./heights.js";
+import { withMentions } from "./mentions.js";
 
 const EMOJI = ["👍", "❤️", "😂", "🎉", "🙏"];
 /** Messages of one person in this time stand together. */
@@ -390,7 +391,7 @@ export class MessageList extends TidingsElement {
           "div",
           { class: "body" },
           first && !mine && h("div", { class: "author" }, name),
-          h("div", { class: "bubble", id: idOf(item.key), part: mine ? "bubble bubble-mine" : "bubble", dir: "auto" }, ...(gone ? [this.say("deleted")] : this.#content(message))),
+          h("div", { class: "bubble", id: idOf(item.key), part: mine ? "bubble bubble-mine" : "bubble" }, ...(gone ? [this.say("deleted")] : this.#content(message))),
           !gone && message.reactions?.length > 0 && this.#reactions(message),
           this.#answers(message),
           (last || state === "failed" || message.edited_at) && this.#meta(message, at, time),
@@ -419,13 +420,26 @@ export class MessageList extends TidingsElement {
           "button",
           { type: "button", class: "quote", onclick: () => quoted && void this.show(quoted.seq) },
           h("b", {}, quoted ? (quoted.user === this.client.user ? this.say("you") : this.nameOf(quoted.user)) : this.say("reply")),
-          quoted ? (quoted.deleted_at ? this.say("deleted") : quoted.text || this.say("attachment")) : "…",
+          // In its own direction: neither the name nor the quote says how the answer is read.
+          h("span", { dir: "auto" }, quoted ? (quoted.deleted_at ? this.say("deleted") : quoted.text || this.say("attachment")) : "…"),
         ),
       );
     }
     if (message.attachments?.length) parts.push(h("div", { class: "attachments" }, ...message.attachments.map((/** @type {any} */ one) => this.#attachment(one))));
-    if (message.text) parts.push(...linked(message.text));
+    if (message.text) parts.push(h("div", { class: "text", dir: "auto" }, ...withMentions(linked(message.text), this.#mentioned(message))));
     return parts;
+  }
+
+  /** Who is mentioned, by the name and by the id that may stand in the text. @param {any} message */
+  #mentioned({ mentions = [], mention_all, id }) {
+    /** @type {{name: string, me: boolean}[]} */ const people = mention_all ? [{ name: "all", me: true }] : [];
+    for (const user of mentions) {
+      const profile = this.client.userOf(user);
+      if (!profile.get().name) this.#await(profile, this.#items.find(({ message }) => message?.id === id)?.key ?? "");
+      const me = user === this.client.user;
+      people.push({ name: user, me }, { name: profile.get().name ?? "", me });
+    }
+    return people;
   }
 
   /** The message that was answered, asked for if it is not loaded. @param {string} id @param {any} by */

@@ -18,6 +18,8 @@ const CSS = `
   font: var(--tidings-font, 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif);
   color: var(--_ink); background: var(--_paper); display: block; contain: content; min-height: 0;
 }
+/* What it offers while one writes stands above it. */
+:host(tidings-composer) { contain: layout style; }
 :host([hidden]), [hidden] { display: none !important; }
 @media (prefers-color-scheme: dark) { :host(:not([theme="light"])) { DARK } }
 :host([theme="dark"]) { DARK }
@@ -36,7 +38,7 @@ button { cursor: pointer; border: 0; background: none; padding: 0; }
 .round:hover { background: var(--_tint); color: var(--_ink); }
 @media (forced-colors: active) {
   .bubble, .badge, .day span, .actions, .latest { border: 1px solid CanvasText; }
-  .channel[aria-current="true"], .reaction[aria-pressed="true"] { outline: 2px solid Highlight; outline-offset: -2px; }
+  .people li[aria-selected="true"], .channel[aria-current="true"], .reaction[aria-pressed="true"] { outline: 2px solid Highlight; outline-offset: -2px; }
   .dot.on::after { background: Highlight; forced-color-adjust: none; }
 }
 @media (prefers-reduced-motion: reduce) { *, *::before { animation: none !important; transition: none !important; scroll-behavior: auto !important; } }
@@ -109,11 +111,15 @@ tidings-message-list, tidings-channel-list { flex: 1; min-height: 0; }
 .mine .bubble { background: var(--_mine); color: var(--_mine-ink); }
 .row:not(.mine).last .bubble { border-end-start-radius: .3rem; }
 .mine.last .bubble { border-end-end-radius: .3rem; }
+.bubble { max-width: 100%; }
+.mention { font-weight: 650; color: color-mix(in srgb, var(--_accent) 55%, currentColor); }
+.mention.me { background: color-mix(in srgb, var(--_accent) 22%, transparent); color: inherit; border-radius: .35rem; padding: 0 .2rem; }
 .bubble a { color: inherit; text-decoration: underline; text-underline-offset: 2px; }
 .emoji .bubble { background: none; font-size: 2.4rem; line-height: 1.2; padding: .1rem .2rem; }
 .gone .bubble { background: none; border: 1px dashed var(--_line); color: var(--_soft); font-style: italic; }
 .quote { display: block; width: 100%; text-align: start; font-size: .86rem; border-inline-start: 3px solid var(--_accent); padding: .05rem .6rem; margin-bottom: .35rem; opacity: .85; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; max-width: 26rem; }
 .quote b { display: block; font-weight: 600; }
+.quote span { display: block; overflow: hidden; text-overflow: ellipsis; }
 .meta { display: inline-flex; gap: .3rem; align-items: center; font-size: .7rem; color: var(--_soft); padding: .1rem .5rem 0; }
 .meta .icon { width: .95rem; height: .95rem; stroke-width: 2.2; }
 .meta .icon-ticks.is-read { color: var(--_accent); }
@@ -138,6 +144,7 @@ tidings-message-list, tidings-channel-list { flex: 1; min-height: 0; }
 .actions button { width: 1.9rem; height: 1.9rem; border-radius: 50%; display: grid; place-items: center; color: var(--_soft); font-size: 1rem; }
 .actions button:hover { background: var(--_tint); color: var(--_ink); }
 .actions .icon { width: 1.05rem; height: 1.05rem; }
+@media (max-width: 26rem) { .actions { inset-inline-end: .25rem; } .mine .actions { inset-inline-start: .25rem; } }
 .latest { position: absolute; inset-block-end: .9rem; inset-inline-end: 1.2rem; background: var(--_paper); border: 1px solid var(--_line); border-radius: 2rem; padding: .45rem .9rem; display: flex; gap: .4rem; align-items: center; font-size: .84rem; font-weight: 600; box-shadow: 0 4px 16px #0003; color: var(--_accent); }
 .latest[hidden] { display: none; }
 .typing-line { min-height: 1.4rem; padding: 0 calc(var(--_gap) + .2rem); font-size: .8rem; color: var(--_soft); }
@@ -150,6 +157,11 @@ tidings-message-list, tidings-channel-list { flex: 1; min-height: 0; }
 .composer { padding: .5rem var(--_gap) .8rem; }
 .field { display: flex; align-items: flex-end; gap: .4rem; background: var(--_tint); border: 1px solid transparent; border-radius: 1.5rem; padding: .25rem .3rem .25rem .9rem; }
 :host(:dir(rtl)) .field { padding: .25rem .9rem .25rem .3rem; }
+.field { position: relative; }
+.people { position: absolute; inset-block-end: calc(100% + .4rem); inset-inline: 0; margin: 0; padding: .35rem; list-style: none; background: var(--_paper); border: 1px solid var(--_line); border-radius: var(--_radius); box-shadow: 0 6px 24px #0003; z-index: 2; max-height: 18rem; overflow-y: auto; }
+.people li { display: flex; align-items: center; gap: .6rem; padding: .4rem .6rem; border-radius: .7rem; cursor: pointer; }
+.people li[aria-selected="true"], .people li:hover { background: color-mix(in srgb, var(--_accent) 13%, var(--_paper)); }
+.people .avatar { width: 1.9rem; height: 1.9rem; font-size: .68rem; }
 .field:focus-within { border-color: var(--_accent); }
 .field textarea { flex: 1; min-width: 0; border: 0; background: none; resize: none; padding: .5rem 0; max-height: 9rem; line-height: 1.4; outline: none; }
 .field textarea::placeholder { color: var(--_soft); opacity: 1; }
