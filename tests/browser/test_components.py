@@ -234,3 +234,34 @@ async def test_the_tab_key_reaches_one_message_and_what_has_the_focus_keeps_it_o
     assert await page.evaluate(focused) == "1"
     await page.keyboard.press("End")
     assert await page.evaluate(focused) == "2000"
+
+
+async def test_the_focus_is_never_lost_as_rows_come_and_go_and_are_made_anew(stage: Stage) -> None:
+    page = await the_list(stage, 400)
+    await until(page, LAST, "message 400")
+    await page.evaluate("() => box.focusNewest()")
+    for _ in range(12):
+        await page.keyboard.press("ArrowUp")
+    await page.evaluate("() => { globalThis.lost = 0; box.root.addEventListener('focusout', () => { lost += 1; }); }")
+    focused = "() => box.root.activeElement?.getAttribute('aria-posinset')"
+    frame = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+    # Rows go above and come below, those that stay are not moved.
+    for _ in range(10):
+        await page.evaluate("() => { scroller().scrollTop -= 90; }")
+        await page.evaluate(frame)
+    for _ in range(10):
+        await page.evaluate("() => { scroller().scrollTop += 90; }")
+        await page.evaluate(frame)
+    assert await page.evaluate(focused) == "388"
+    assert await page.evaluate("() => lost") == 0
+    # Its own message changes.
+    for text in ("changed", "and again"):
+        change = "(text) => list.set(list.get().map((one) => (one.seq === 388 ? { ...one, text } : one)))"
+        await page.evaluate(change, text)
+        await until(page, "(text) => box.root.activeElement?.innerText.includes(text)", text)
+        assert await page.evaluate(focused) == "388"
+    # Far away and back.
+    for part in ("0", "scroller().scrollHeight"):
+        await page.evaluate(f"() => {{ scroller().scrollTop = {part}; }}")
+        await page.evaluate(frame)
+        assert await page.evaluate(focused) == "388"

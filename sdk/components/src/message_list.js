@@ -258,31 +258,33 @@ export class MessageList extends TidingsElement {
     const below = heights.top() - heights.top(end);
     // What has the focus stays, wherever it is scrolled to.
     const active = /** @type {any} */ (this.root.activeElement)?.closest?.("[data-key]")?.dataset.key;
-    const wanted = new Set();
-    /** @type {any} */ let at = this.#rows.firstElementChild;
-    for (let place = start; place < end; place += 1) {
-      const item = items[place];
-      wanted.add(item.key);
-      let made = this.#made.get(item.key);
-      if (!made || made.item !== item) {
-        const element = this.#make(item);
-        if (made) {
-          const inside = made.element.contains(this.root.activeElement);
-          if (made.element === at) at = at.nextElementSibling;
-          made.element.replaceWith(element);
-          if (inside) element.querySelector("article")?.focus({ preventScroll: true });
-        }
-        made = { item, element };
-        this.#made.set(item.key, made);
-      }
-      if (made.element === at) at = at.nextElementSibling;
-      else this.#rows.insertBefore(made.element, at);
-    }
+    const wanted = new Set(items.slice(start, end).map(({ key }) => key));
     for (const [key, { element }] of this.#made) {
       element.classList.toggle("aside", !wanted.has(key));
       if (wanted.has(key) || key === active) continue;
       element.remove();
       this.#made.delete(key);
+    }
+    // A row that stands where it belongs is not touched: what is taken out, if only to be put in again, loses the focus.
+    /** @type {any} */ let at = this.#rows.firstElementChild;
+    for (let place = start; place < end; place += 1) {
+      const item = items[place];
+      let made = this.#made.get(item.key);
+      const focused = /** @type {any} */ (made?.element.contains(this.root.activeElement) ? this.root.activeElement : null);
+      if (!made || made.item !== item) {
+        const element = this.#make(item);
+        made?.element.replaceWith(element);
+        if (made && made.element === at) at = element;
+        made = { item, element };
+        this.#made.set(item.key, made);
+      }
+      while (at?.classList.contains("aside")) at = at.nextElementSibling;
+      if (made.element === at) at = at.nextElementSibling;
+      else this.#rows.insertBefore(made.element, at);
+      if (focused && this.root.activeElement !== focused) {
+        const again = focused.isConnected ? focused : made.element.querySelector("article");
+        again?.focus({ preventScroll: true });
+      }
     }
     this.#above.style.height = `${above}px`;
     this.#below.style.height = `${below}px`;
