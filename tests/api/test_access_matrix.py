@@ -121,6 +121,7 @@ ROWS: dict[str, Row] = {
     "messages.send": channel(INSIDE | BACKEND, body={"text": "x"}),
     "messages.list": channel(INSIDE | BACKEND),
     "messages.get": channel(INSIDE | BACKEND),
+    "messages.replies": channel(INSIDE | BACKEND),
     "messages.edit": channel(frozenset({"owner"}) | BACKEND, body={"text": "y"}),
     "messages.delete": channel(STAFF | BACKEND),
     "messages.versions": channel(STAFF | BACKEND),

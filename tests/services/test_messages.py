@@ -10,6 +10,7 @@ import pytest
 from tidings.server.errors import Refusal
 from tidings.server.services.access import Actor
 from tidings.server.services.messages import Draft, Edit
+from tidings.server.services.rendering import decode_message
 from tidings.server.services.sync import Sync
 from tidings.server.store.base import Appended
 from tidings.wire.requests import ChannelUpdate, MembersAdd
@@ -119,3 +120,50 @@ async def test_an_edit_shows_nothing_to_those_before_whose_time_the_message_was(
     monkeypatch.setattr("tidings.server.services.messages.WITHHELD_MEMBERS_MAX", 2)
     await world.messages.edit(alice, "c1", new.message_id, Edit(text="after, twice"))
     assert "text" not in world.events("c1")[-1]["data"]
+
+
+async def test_replies_are_counted_and_paged_for_those_who_may_see_them(world: World) -> None:
+    for user in ("alice", "bob", "carol"):
+        await world.user(user)
+    await world.configure(ChannelType(name="ward", features=ChannelFeatures(), history="since_join"))
+    await world.channel("alice", "bob", id="c1", type="ward")
+    alice, bob, carol = (world.acting(user) for user in ("alice", "bob", "carol"))
+
+    async def say(key: str, reply_to: str | None = None) -> str:
+        return (await world.messages.send(bob, "c1", Draft(text=key, reply_to=reply_to), key)).message_id
+
+    async def counts(actor: Actor) -> dict[str, tuple[int, bool]]:
+        read = [decode_message(data) for data in (await world.messages.history(actor, "c1")).messages]
+        return {one.text: (one.reply_count, one.last_reply_at is not None) for one in read if one.reply_count}
+
+    async def replies(actor: Actor, root: str, **where: int) -> tuple[list[str], bool, bool]:
+        page = await world.messages.history(actor, "c1", replies_to=root, **where)
+        return [decode_message(data).text for data in page.messages], page.has_before, page.has_after
+
+    root, other = await say("root"), await say("other")
+    answers = [await say(f"r{place}", root) for place in range(5)]
+    await say("o0", other)
+    assert await counts(alice) == {"root": (5, True), "other": (1, True)}
+    assert await replies(alice, root) == (["r0", "r1", "r2", "r3", "r4"], False, False)
+    assert await replies(alice, root, limit=2) == (["r3", "r4"], True, False)
+    first = decode_message(await world.messages.one(alice, "c1", answers[0])).seq
+    assert await replies(alice, root, after=first, limit=2) == (["r1", "r2"], True, True)
+
+    # A deleted reply keeps its place and does not count; only its first deletion says whose reply it was.
+    await world.messages.delete(bob, "c1", answers[1])
+    await world.messages.delete(world.backend, "c1", answers[1], hard=True)
+    assert await counts(alice) == {"root": (4, True), "other": (1, True)}
+    assert (await replies(alice, root))[0] == ["r0", "", "r2", "r3", "r4"]
+    await world.messages.delete(bob, "c1", other)
+    one = decode_message(await world.messages.one(alice, "c1", other))
+    assert (one.deleted_at is not None, one.reply_count) == (True, 1), "a thread outlives its message"
+    tombstone = decode_message(await world.messages.one(alice, "c1", answers[1]))
+    assert (tombstone.deleted_at is not None, tombstone.reply_to) == (True, root), "what is deleted was counted"
+    deleted = [event["data"] for event in world.events("c1") if event["type"] == "message.deleted"]
+    assert [data.get("reply_to") for data in deleted] == [root, None, None]
+
+    # Who came later sees neither the message nor its replies, though some came after them.
+    await world.members.add(world.backend, "c1", MembersAdd(users=["carol"]))
+    await say("r5", root)
+    await refused("not_found", world.messages.history(carol, "c1", replies_to=root), "id")
+    assert await counts(carol) == {}

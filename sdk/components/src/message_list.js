@@ -31,7 +31,6 @@ export class MessageList extends TidingsElement {
   /** The messages as they were taken last, and for each the place where its rows begin. @type {any[]} */ #taken = [];
   /** @type {number[]} */ #begins = [];
   /** @type {number | null} */ #marker = null;
-  /** How many of the loaded messages answer which one. @type {Map<string, number>} */ #replies = new Map();
   /** Messages that were answered and are not loaded; null while they are asked for. @type {Map<string, any>} */ #quoted = new Map();
   /** Where the line above what is new stands, or -1. */ #fresh = -1;
   /** @type {Map<string, {item: any, element: any}>} */ #made = new Map();
@@ -58,7 +57,6 @@ export class MessageList extends TidingsElement {
     this.#newBelow = 0;
     this.#lastSeq = 0;
     this.#focused = null;
-    this.#replies.clear();
     if (!id && !this.source) return this.root.replaceChildren();
     this.#channel = this.source ?? this.client.channel(id);
     this.#above = h("div", { "aria-hidden": "true" });
@@ -176,24 +174,9 @@ export class MessageList extends TidingsElement {
     this.#items = [...this.#items.slice(0, start), ...items, ...this.#items.slice(end)];
     this.#begins = [...this.#begins.slice(0, from), ...begins, ...this.#begins.slice(taken.length - rest).map((place) => place + more)];
     this.#heights.replace(start, end - start, items.map(({ key }) => this.#measured.get(key)));
-    this.#countReplies(taken.slice(from, taken.length - rest), messages.slice(from, to));
     this.#taken = messages;
     this.#marker = marker;
     return { from, to, known };
-  }
-
-  /** @param {any[]} gone @param {any[]} come */
-  #countReplies(gone, come) {
-    if (this.#channel.rootId) return;
-    const changed = new Set();
-    for (const [messages, step] of /** @type {[any[], number][]} */ ([[gone, -1], [come, 1]])) {
-      for (const { reply_to, deleted_at } of messages) {
-        if (!reply_to || deleted_at) continue;
-        this.#replies.set(reply_to, (this.#replies.get(reply_to) ?? 0) + step);
-        changed.add(reply_to);
-      }
-    }
-    for (const id of changed) this.#again(this.#items.findIndex((item) => item.message?.id === id));
   }
 
   /** Make a row anew although its message is the same. @param {number} place */
@@ -463,7 +446,7 @@ export class MessageList extends TidingsElement {
 
   /** The way to a message's thread, where somebody has answered. @param {any} message */
   #answers(message) {
-    const count = this.#channel.rootId ? 0 : (message.reply_count ?? this.#replies.get(message.id) ?? 0);
+    const count = this.#channel.rootId ? 0 : (message.reply_count ?? 0);
     if (!count) return null;
     return h("button", { type: "button", class: "answers", part: "answers", onclick: () => this.#thread(message.id) }, icon("thread"), this.say("replies", { count }));
   }

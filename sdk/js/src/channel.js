@@ -15,6 +15,7 @@ export class Channel {
   #client;
   /** How many look at it. */ #open = 0;
   /** Ascending by seq: what is loaded. @type {any[]} */ #window = [];
+  /** Head of the channel when a message was read, by its seq; without those that came as events. @type {Map<number, number>} */ #asOf = new Map();
   /** Events that came while a page was asked for. @type {any[] | null} */ #meanwhile = null;
   /** Sent, and not yet come back as an event. @type {Map<string, any>} */ #sent = new Map();
   #loading = 0;
@@ -127,6 +128,7 @@ export class Channel {
     this.#turn += 1;
     this.#meanwhile = null;
     this.#window = page?.messages ?? [];
+    this.#asOf = new Map(this.#window.map(({ seq }) => [seq, page.head]));
     this.#head = page?.head ?? 0;
     for (const thread of this.threads) thread.reset();
     this.#set({ ready: true, has_before: page?.has_before ?? false, has_after: page?.has_after ?? false, head: this.#head });
@@ -148,6 +150,7 @@ export class Channel {
       const meanwhile = this.#meanwhile ?? [];
       this.#meanwhile = null;
       take(page);
+      for (const { seq } of page.messages) this.#asOf.set(seq, page.head);
       this.#head = Math.max(this.#head, page.head);
       for (const event of meanwhile) if (event.seq > page.head) this.#apply(event);
       this.#set({ ready: true, head: this.#head });
@@ -231,13 +234,24 @@ export class Channel {
     if (type === "message.created") {
       this.#sent.delete(data.key);
       if (this.#open && !this.state.get().has_after && !(this.#window.at(-1)?.seq >= seq)) this.#window.push(data);
+      if (data.reply_to) this.#replied(data.reply_to, seq, 1, data.created_at);
     } else {
+      if (type === "message.deleted" && data.reply_to) this.#replied(data.reply_to, seq, -1);
       const place = type === "message.updated" ? data.seq : data.message_seq;
       const found = place === undefined ? -1 : this.#find(place);
       if (found < 0) return;
       this.#window[found] = applied(this.#window[found], { type, data: { ...data, at } });
     }
     this.#show();
+  }
+
+  /** A message has one reply more or less. @param {string} id @param {number} seq the event's @param {number} step @param {string} [at] */
+  #replied(id, seq, step, at) {
+    const place = this.#window.map((message) => message.id).lastIndexOf(id);
+    const root = this.#window[place];
+    // The page that it was read with may have counted it.
+    if (!root || seq <= (this.#asOf.get(root.seq) ?? 0)) return;
+    this.#window[place] = { ...root, reply_count: Math.max(0, (root.reply_count ?? 0) + step), last_reply_at: at ?? root.last_reply_at };
   }
 
   /** Where a message is in the window, by halves. @param {number} seq */

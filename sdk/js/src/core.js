@@ -592,10 +592,10 @@ export function applied(old, { type, data }) {
   switch (type) {
     case "message.updated":
       if (data.content_omitted) return old;
-      return data.deleted_at ? data : { ...data, reactions: old.reactions, reply_count: old.reply_count, last_reply_at: old.last_reply_at };
+      return { ...data, reactions: data.deleted_at ? undefined : old.reactions, reply_count: old.reply_count, last_reply_at: old.last_reply_at };
     case "message.deleted": {
-      const { id, channel, seq, user, created_at, reply_count } = old;
-      return { id, channel, seq, user, created_at, reply_count, deleted_at: data.at ?? new Date().toISOString() };
+      const { id, channel, seq, user, created_at, reply_to, reply_count, last_reply_at } = old;
+      return { id, channel, seq, user, created_at, reply_to, reply_count, last_reply_at, deleted_at: data.at ?? new Date().toISOString() };
     }
     case "reaction.added":
     case "reaction.removed": {

@@ -1,7 +1,7 @@
 import { applied } from "./core.js";
 import { Value } from "./readable.js";
 
-/** Replies stand somewhere behind their message: so many messages are read at once, and so many times before asking again. */
+/** So many replies are read at once, and so many times before somebody has to ask for more. */
 const PAGE = 100;
 const PAGES = 10;
 
@@ -57,7 +57,7 @@ export class Thread {
     if (this.#opened) void this.#load();
   }
 
-  /** Look for replies further on, where there are very many messages behind the first one. */
+  /** More replies, where there are very many. */
   loadAfter() {
     return this.#load();
   }
@@ -71,17 +71,18 @@ export class Thread {
     if (this.#busy || !this.#client.online || (this.#through && !this.state.get().has_after)) return;
     this.#busy = true;
     this.#set({ loading: true, error: undefined });
+    const address = `/v1/channels/${encodeURIComponent(this.#channel.id)}/messages/${encodeURIComponent(this.id)}`;
     try {
       if (!this.#through) {
-        const root = await this.#client.request("GET", `/v1/channels/${encodeURIComponent(this.#channel.id)}/messages/${encodeURIComponent(this.id)}`);
+        const root = await this.#client.request("GET", address);
         this.#keep(root, 0);
         this.#through = root.seq;
       }
       for (let page = 0; page < PAGES && this.#opened; page += 1) {
         const after = this.#through;
-        const { messages, head, has_after } = await this.#client.command({ type: "history", channel: this.#channel.id, after, limit: PAGE });
+        /** @type {any} */ const { messages, head, has_after } = await this.#client.request("GET", `${address}/replies`, { query: { after, limit: PAGE } });
         if (after !== this.#through) return;
-        for (const message of messages) if (message.reply_to === this.id) this.#keep(message, head);
+        for (const message of messages) this.#keep(message, head);
         this.#through = messages.at(-1)?.seq ?? after;
         this.#set({ has_after: has_after && messages.length > 0 });
         if (!this.state.get().has_after) break;

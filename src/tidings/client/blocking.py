@@ -181,6 +181,7 @@ class SyncMessages(Blocking[rest_module.MessagesRest]):
     send = _wait(rest_module.MessagesRest.send)
     page = _wait(rest_module.MessagesRest.page)
     history = _iterate(rest_module.MessagesRest.history)
+    replies = _iterate(rest_module.MessagesRest.replies)
     get = _wait(rest_module.MessagesRest.get)
     edit = _wait(rest_module.MessagesRest.edit)
     delete = _wait(rest_module.MessagesRest.delete)

@@ -707,6 +707,18 @@ class MessagesRest(_Noun):
                 return
             edge = page.messages[0 if newest_first else -1].seq
 
+    async def replies(self, channel: str, id: str) -> AsyncIterator[Message]:
+        """The replies to a message, the first one first, page by page as you go. Raises Refused (`not_found`)."""
+        path = _path("channels", channel, "messages", id, "replies")
+        edge = 0
+        while True:
+            page = await self._rest._get(MessagePage, path, after=edge, limit=limits.PAGE_MAX)
+            for message in page.messages:
+                yield message
+            if not page.messages or not page.has_after:
+                return
+            edge = page.messages[-1].seq
+
     async def get(self, channel: str, id: str) -> Message:
         """One message; of a deleted one its place without its content. Raises Refused (`not_found`)."""
         return await self._rest._get(Message, _path("channels", channel, "messages", id))

@@ -52,6 +52,8 @@ class MessageDeleted(Resource, frozen=True, kw_only=True):
     id: MessageId
     message_seq: int
     hard: bool = False
+    # The message that it replied to, which has one reply less now.
+    reply_to: MessageId | None = None
 
 
 class ReactionChanged(Resource, frozen=True, kw_only=True):

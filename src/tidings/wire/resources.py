@@ -65,7 +65,8 @@ class Message(Resource, frozen=True, kw_only=True):
     """A message. `seq` is the seq of the event that created it: its place in the channel for ever.
 
     `deleted_at` marks a tombstone: content is gone from every read, the place stays. `content_omitted` marks an edit
-    that not everybody who hears of it may read: who has the message reads it again.
+    that not everybody who hears of it may read: who has the message reads it again. `reactions`, `reply_count` and
+    `last_reply_at` are there where a message is read; events tell their changes. Deleted replies do not count.
     """
 
     id: MessageId
@@ -83,6 +84,8 @@ class Message(Resource, frozen=True, kw_only=True):
     deleted_by: UserId | None = None
     edits: int = 0
     reactions: list[Reaction] = []
+    reply_count: int = 0
+    last_reply_at: Time | None = None
     text: str = ""
     mentions: list[str] = []
     mention_all: bool = False

@@ -133,6 +133,24 @@ class HistoryQuery(Query, frozen=True, kw_only=True):
 @operation("messages.list", "GET", _CHANNEL, "Read history", reply=HistoryPage, query=HistoryQuery)
 async def history(call: Call[HistoryQuery, None]) -> Reply:
     """Messages in ascending order: the latest ones, or those before, after or around a seq (give one of the three)."""
+    return await _history(call)
+
+
+@operation(
+    "messages.replies",
+    "GET",
+    _MESSAGE + "/replies",
+    "Read the replies to a message",
+    reply=HistoryPage,
+    query=HistoryQuery,
+)
+async def replies(call: Call[HistoryQuery, None]) -> Reply:
+    """A thread, in ascending order: the latest replies, or those before, after or around a seq (give one of the three;
+    `after=0` begins with the first). A deleted reply is a tombstone. `head` is the channel's, as in its history."""
+    return await _history(call, call.path["message"])
+
+
+async def _history(call: Call[HistoryQuery, None], replies_to: str | None = None) -> Reply:
     query = call.query
     page = await call.services.messages.history(
         call.actor,
@@ -141,6 +159,7 @@ async def history(call: Call[HistoryQuery, None]) -> Reply:
         after=query.after,
         around=query.around,
         limit=query.limit,
+        replies_to=replies_to,
     )
     # The messages are encoded already.
     body = b'{"messages":[%b],"epoch":%b,"head":%d,"has_before":%b,"has_after":%b}' % (
@@ -254,4 +273,4 @@ async def unreact_any(call: Call[UnreactQuery, None]) -> Changed:
     return Changed(seq=seq)
 
 
-OPERATIONS: Final = (history, get, edit, delete, versions, react, unreact, unreact_any)
+OPERATIONS: Final = (history, get, replies, edit, delete, versions, react, unreact, unreact_any)

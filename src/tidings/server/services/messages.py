@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final, Literal
 
 import msgspec
@@ -31,6 +32,7 @@ from tidings.server.store.base import (
     Store,
     Tx,
 )
+from tidings.server.store.log import placeholders
 from tidings.wire import limits
 from tidings.wire.codec import encode, splice
 from tidings.wire.events import EventType, MessageDeleted, ReactionChanged
@@ -58,7 +60,7 @@ WITHHELD_MEMBERS_MAX: Final = 1_000
 
 _ROW: Final = (
     "m.seq,m.id,m.sender,m.at,m.content_seq,m.flags,m.edits,m.deleted_at,m.deleted_by,coalesce(e.item,m.id),"
-    "coalesce(e.sealed,m.sealed),m.redacted"
+    "coalesce(e.sealed,m.sealed),m.redacted,m.reply_to"
 )
 _FROM: Final = (
     " FROM messages m LEFT JOIN events e"
@@ -445,7 +447,12 @@ class Messages:
                 by=actor.user,
                 ref=message_id,
                 item=f"{message_id}/deleted/{level}",
-                data=MessageDeleted(id=message_id, message_seq=row.seq, hard=hard),
+                data=MessageDeleted(
+                    id=message_id,
+                    message_seq=row.seq,
+                    hard=hard,
+                    reply_to=row.reply_to if row.deleted_at is None else None,
+                ),
             )
             await redact_messages(tx, channel.app, channel.sid, [(row.seq, message_id)], actor.user, now, hard=hard)
             return Change(published.seq, (published,))
@@ -548,9 +555,7 @@ class Messages:
         """One message as JSON. Raises NotFound."""
 
         async def unit(tx: Tx, access: Access, epoch: str, head: int) -> bytes:
-            row = await self._row(tx, access, message_id)
-            reactions = await self._reactions(tx, access, row.seq, row.seq)
-            return render_message(access, row, reactions.get(row.seq))
+            return (await render_messages(tx, access, [await self._row(tx, access, message_id)]))[0]
 
         return await self._access.read(actor, channel_id, P.CHANNEL_READ, unit)
 
@@ -603,17 +608,23 @@ class Messages:
         after: int | None = None,
         around: int | None = None,
         limit: int = limits.PAGE_DEFAULT,
+        replies_to: str | None = None,
     ) -> Page:
-        """A page of messages: the latest, or before, after or around a seq. Raises Refusal when two are given."""
+        """A page of messages: the latest, or before, after or around a seq. With `replies_to`, only the replies to that
+        message. Raises Refusal when two places are given, NotFound for a message that the actor may not see."""
         if sum(value is not None for value in (before, after, around)) > 1:
             raise Refusal("invalid_field", "Give one of before, after and around.", field="before")
         select = f"SELECT {_ROW}{_FROM} WHERE m.app=? AND m.sid=?"
+        which = [] if replies_to is None else [replies_to]
+        if which:
+            select += " AND m.reply_to=?"
 
         async def older(tx: Tx, access: Access, below: int, count: int) -> list[Row]:
             rows = await tx.all(
                 select + " AND m.seq<? AND m.seq>? ORDER BY m.seq DESC LIMIT ?",
                 access.channel.app,
                 access.channel.sid,
+                *which,
                 below,
                 access.floor,
                 count,
@@ -625,11 +636,14 @@ class Messages:
                 select + " AND m.seq>? ORDER BY m.seq LIMIT ?",
                 access.channel.app,
                 access.channel.sid,
+                *which,
                 max(above, access.floor),
                 count,
             )
 
         async def unit(tx: Tx, access: Access, epoch: str, head: int) -> Page:
+            if replies_to is not None:
+                await self._row(tx, access, replies_to)
             # One more than asked for tells whether there is more.
             if around is not None:
                 half = limit // 2
@@ -647,40 +661,9 @@ class Messages:
                 has_before, has_after = len(rows) > limit, before is not None and before <= head
                 rows = rows[-limit:]
             found = [MessageRow(*row) for row in rows]
-            reactions = await self._reactions(tx, access, found[0].seq, found[-1].seq) if found else {}
-            return Page(
-                [render_message(access, row, reactions.get(row.seq)) for row in found],
-                epoch,
-                head,
-                has_before,
-                has_after,
-            )
+            return Page(await render_messages(tx, access, found), epoch, head, has_before, has_after)
 
         return await self._access.read(actor, channel_id, P.CHANNEL_READ, unit)
-
-    @staticmethod
-    async def _reactions(tx: Tx, access: Access, first: int, last: int) -> dict[int, list[Reaction]]:
-        counts = await tx.all(
-            "SELECT message_seq, emoji, count(*), min(at) FROM reactions WHERE app=? AND sid=?"
-            " AND message_seq BETWEEN ? AND ? GROUP BY message_seq, emoji ORDER BY 1, 4, 2",
-            access.channel.app,
-            access.channel.sid,
-            first,
-            last,
-        )
-        found: dict[int, list[Reaction]] = {}
-        for seq, emoji, count, _ in counts:
-            users = await tx.all(
-                "SELECT user FROM reactions WHERE app=? AND sid=? AND message_seq=? AND emoji=?"
-                " ORDER BY at, user LIMIT ?",
-                access.channel.app,
-                access.channel.sid,
-                seq,
-                emoji,
-                limits.REACTION_USERS_SHOWN_MAX,
-            )
-            found.setdefault(seq, []).append(Reaction(emoji=emoji, count=count, users=[user for (user,) in users]))
-        return found
 
 
 @dataclass(slots=True, frozen=True)
@@ -699,23 +682,76 @@ class MessageRow:
     item: str
     sealed: bytes
     redacted: int
+    reply_to: str | None
 
 
-class _Reactions(msgspec.Struct, frozen=True):
-    reactions: list[Reaction]
+class _Around(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What others have added to a message."""
+
+    reactions: list[Reaction] = []
+    reply_count: int = 0
+    last_reply_at: datetime | None = None
 
 
-def render_message(access: Access, row: MessageRow, reactions: list[Reaction] | None) -> bytes:
-    """A message as JSON for a reader who has access."""
+async def render_messages(tx: Tx, access: Access, rows: list[MessageRow]) -> list[bytes]:
+    """Messages of a channel, ascending by seq, as JSON for a reader who has access; part of a unit."""
+    if not rows:
+        return []
+    reactions = await _reactions(tx, access, rows)
+    replies = await _replies(tx, access, rows)
+    rendered = []
+    for row in rows:
+        data = _render(access, row)
+        if row.seq in reactions or row.id in replies:
+            count, last = replies.get(row.id, (0, None))
+            data = splice(data, encode(_Around(reactions.get(row.seq, []), count, last)))
+        rendered.append(data)
+    return rendered
+
+
+def _render(access: Access, row: MessageRow) -> bytes:
     if row.deleted_at is not None:
         user = None if row.sender == BACKEND else row.sender
-        return render_tombstone(access.channel.id, row.id, row.seq, user, row.at, row.deleted_at, row.deleted_by)
+        return render_tombstone(
+            access.channel.id, row.id, row.seq, user, row.at, row.deleted_at, row.deleted_by, row.reply_to
+        )
     data = access.channel.cipher.open(row.sealed, row.item.encode())
-    if row.content_seq == row.seq:
-        data = splice(b'{"seq":%d}' % row.seq, data)
-    if reactions:
-        data = splice(data, encode(_Reactions(reactions)))
-    return data
+    return splice(b'{"seq":%d}' % row.seq, data) if row.content_seq == row.seq else data
+
+
+async def _reactions(tx: Tx, access: Access, rows: list[MessageRow]) -> dict[int, list[Reaction]]:
+    counts = await tx.all(
+        "SELECT message_seq, emoji, count(*), min(at) FROM reactions WHERE app=? AND sid=?"
+        " AND message_seq BETWEEN ? AND ? GROUP BY message_seq, emoji ORDER BY 1, 4, 2",
+        access.channel.app,
+        access.channel.sid,
+        rows[0].seq,
+        rows[-1].seq,
+    )
+    found: dict[int, list[Reaction]] = {}
+    for seq, emoji, count, _ in counts:
+        users = await tx.all(
+            "SELECT user FROM reactions WHERE app=? AND sid=? AND message_seq=? AND emoji=? ORDER BY at, user LIMIT ?",
+            access.channel.app,
+            access.channel.sid,
+            seq,
+            emoji,
+            limits.REACTION_USERS_SHOWN_MAX,
+        )
+        found.setdefault(seq, []).append(Reaction(emoji=emoji, count=count, users=[user for (user,) in users]))
+    return found
+
+
+async def _replies(tx: Tx, access: Access, rows: list[MessageRow]) -> dict[str, tuple[int, datetime]]:
+    """Message id → how many replies there are, and when the last one came; without those that have none."""
+    counts = await tx.all(
+        "SELECT m.reply_to, count(*), max(m.at) FROM messages m WHERE m.app=? AND m.sid=? AND m.deleted_at IS NULL"
+        f" AND m.reply_to IN ({placeholders(rows)}) GROUP BY m.reply_to",
+        access.channel.app,
+        access.channel.sid,
+        *[row.id for row in rows],
+    )
+    return {id: (count, time_of(at)) for id, count, at in counts}
 
 
 async def _is_before_some(tx: Tx, access: Access, seq: int) -> bool:
@@ -780,6 +816,4 @@ async def last_message(tx: Tx, access: Access) -> bytes | None:
     )
     if row is None:
         return None
-    found = MessageRow(*row)
-    reactions = await Messages._reactions(tx, access, found.seq, found.seq)
-    return render_message(access, found, reactions.get(found.seq))
+    return (await render_messages(tx, access, [MessageRow(*row)]))[0]

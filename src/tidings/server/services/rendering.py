@@ -59,15 +59,23 @@ def render_created(stream: str, seq: int, at: int, by: str | None, body: bytes) 
 
 
 def render_tombstone(
-    channel: str, id: str, seq: int, user: str | None, created_at: int, deleted_at: int, deleted_by: str | None
+    channel: str,
+    id: str,
+    seq: int,
+    user: str | None,
+    created_at: int,
+    deleted_at: int,
+    deleted_by: str | None,
+    reply_to: str | None,
 ) -> bytes:
-    """A deleted message: its place without its content."""
+    """A deleted message: its place, also among the replies to another one, without its content."""
     return encode(
         Message(
             id=id,
             channel=channel,
             seq=seq,
             user=user,
+            reply_to=reply_to,
             created_at=time_of(created_at),
             deleted_at=time_of(deleted_at),
             deleted_by=deleted_by,

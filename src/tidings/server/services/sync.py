@@ -513,7 +513,7 @@ class Sync:
 
 async def _tombstone(tx: Tx, handle: StreamHandle, message_id: str | None) -> bytes:
     row = await tx.one(
-        "SELECT id,seq,sender,at,deleted_at,deleted_by FROM messages WHERE app=? AND sid=? AND id=?",
+        "SELECT id,seq,sender,at,deleted_at,deleted_by,reply_to FROM messages WHERE app=? AND sid=? AND id=?",
         handle.app,
         handle.sid,
         message_id,
@@ -521,7 +521,7 @@ async def _tombstone(tx: Tx, handle: StreamHandle, message_id: str | None) -> by
     if row is None or row[4] is None:
         return b"{}"
     sender = None if row[2] == BACKEND else row[2]
-    return render_tombstone(handle.name, row[0], row[1], sender, row[3], row[4], row[5])
+    return render_tombstone(handle.name, row[0], row[1], sender, row[3], row[4], row[5], row[6])
 
 
 def _base36(number: int) -> str:

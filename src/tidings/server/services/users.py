@@ -592,7 +592,8 @@ class Users:
             if stream is None or not stream.key_wrapped:
                 return Change(None)
             rows = await tx.all(
-                "SELECT key, seq, id FROM messages WHERE app=? AND sid=? AND sender=? AND key>?"
+                "SELECT key, seq, id, CASE WHEN deleted_at IS NULL THEN reply_to END FROM messages"
+                " WHERE app=? AND sid=? AND sender=? AND key>?"
                 " AND redacted<2 ORDER BY key LIMIT ?",
                 app.app,
                 sid,
@@ -603,10 +604,11 @@ class Users:
             if not rows:
                 return Change(None)
             cipher = self._cipher(app, sid, stream.key_wrapped, stream.key_version, stream.key_app_version)
-            targets = [(seq, message_id) for _, seq, message_id in rows]
+            targets = sorted((seq, message_id) for _, seq, message_id, _ in rows)
+            replied = {message_id: reply_to for _, _, message_id, reply_to in rows}
             await redact_messages(tx, app.app, sid, targets, job.by, job.at, hard=True)
             notices: list[Notice] = []
-            for seq, message_id in sorted(targets):
+            for seq, message_id in targets:
                 notices.append(
                     await record(
                         tx,
@@ -619,7 +621,7 @@ class Users:
                         by=job.by,
                         ref=message_id,
                         item=f"{job.mark}/{message_id}",
-                        data=MessageDeleted(id=message_id, message_seq=seq, hard=True),
+                        data=MessageDeleted(id=message_id, message_seq=seq, hard=True, reply_to=replied[message_id]),
                         now=now,
                     )
                 )
