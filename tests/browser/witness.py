@@ -100,7 +100,7 @@ class Witness:
 
     async def tell(self, epoch: str) -> None:
         """Everything that this device saw, to the recorder."""
-        about = {"device": self.name, "user": self.user, "channel": self.channel}
+        device, user, channel = self.name, self.user, self.channel
         last = 0
         fresh = True
         for line in await self.page.evaluate(READ):
@@ -113,12 +113,15 @@ class Witness:
                 position = seq if line["kind"] == "position" else seq - 1
                 # The disk never says more than what was told.
                 assert last == 0 or position <= last, f"{self.name} skips from {last} to {position}"
-                self.recorder.device_start(position=position, **about)
+                self.recorder.device_start(device=device, user=user, channel=channel, position=position)
                 last, fresh = position, False
             if line["kind"] == "event":
                 data = line["data"]
                 created = line["type"] == "message.created"
                 self.recorder.observe(
+                    device=device,
+                    user=user,
+                    channel=channel,
                     epoch=epoch,
                     seq=seq,
                     event_type=line["type"],
@@ -126,10 +129,9 @@ class Witness:
                     key=data.get("key") or "" if created else "",
                     sender=data.get("user", "") if created else "",
                     digest=body_digest(data.get("text", "")) if created else "",
-                    **about,
                 )
                 last = seq
-        self.recorder.device_final(position=last, **about)
+        self.recorder.device_final(device=device, user=user, channel=channel, position=last)
 
 
 @dataclass
