@@ -1,7 +1,7 @@
 """Deliberate breaks of the product, each of which must turn its tests red. Run: `make mutants`, `… ARGS="-k D3"`.
 
-A check that no break can turn red proves nothing. Each mutant is applied to a copy of `src`, and the tests that claim
-to notice run against the copy. A mutant whose text is no longer in the source exactly once is stale and counts as a
+A check that no break can turn red proves nothing. Each mutant is applied to a copy of `src` and `sdk`, and the tests
+that claim to notice run against the copy. A mutant whose text is no longer in the source exactly once is stale and counts as a
 failure: move it along with the code.
 
 To add one: find the line that makes the promise true, write the smallest plausible mistake, name the tests.
@@ -1470,11 +1470,15 @@ class Outcome:
     note: str = ""
 
 
-def run_tests(source: Path, tests: Sequence[str]) -> tuple[int, str]:
-    """pytest's exit code and last line, with `tidings` imported from the directory `source`."""
+def run_tests(root: Path, tests: Sequence[str]) -> tuple[int, str]:
+    """pytest's exit code and last line, with `tidings` imported from `src`, and JavaScript from `sdk`, of `root`."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", *tests]
     # PYTHONPATH comes before the installed package, for the tests and for every server that they start.
-    environ = os.environ | {"PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
+    environ = os.environ | {
+        "PYTHONPATH": str(root / "src"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TIDINGS_TEST_SDK": str(root / "sdk"),
+    }
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -1502,14 +1506,16 @@ def try_mutant(mutant: Mutant) -> Outcome:
         return Outcome(mutant, verdict, time.monotonic() - begun, note)
 
     with tempfile.TemporaryDirectory(prefix="tidings-mutant-") as folder:
-        source = Path(folder) / "src"
-        shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
+        for part in ("src", "sdk"):
+            ignored = shutil.ignore_patterns("__pycache__", "node_modules")
+            shutil.copytree(ROOT / part, Path(folder) / part, ignore=ignored)
+        (Path(folder) / "sdk/node_modules").symlink_to(ROOT / "sdk/node_modules")
         target = Path(folder) / mutant.file
         text = target.read_text(encoding="utf-8") if target.is_file() else ""
         if (times := text.count(mutant.old)) != 1:
             return outcome("STALE", f"its text occurs {times} times in {mutant.file}")
         target.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
-        code, note = run_tests(source, mutant.tests)
+        code, note = run_tests(Path(folder), mutant.tests)
     # pytest: 0 all passed, 1 some failed, 2 interrupted (an import failed), 4 wrong usage, 5 nothing collected.
     verdicts: dict[int, Verdict] = {0: "SURVIVED", 1: "caught", 2: "caught"}
     return outcome(verdicts.get(code, "BROKEN"), note)
@@ -1537,7 +1543,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     # A test that is red without any mutant would catch them all.
     for tests in sorted({tuple(mutant.tests) for mutant in mutants}):
-        code, note = run_tests(ROOT / "src", tests)
+        code, note = run_tests(ROOT, tests)
         if code != 0:
             print(f"not green to begin with: {' '.join(tests)}: {note}")
             return 1
