@@ -21,18 +21,18 @@ SEEN = f"(text) => [...{LIST}.querySelectorAll('.bubble')].some((one) => one.tex
 
 
 async def filled(stage: Stage) -> None:
-    """A channel with that many messages of Lena's."""
-    http = await acting(stage, "lena")
+    """A channel with that many messages of Amira's own: none is unread, and the list begins at its end."""
+    http = await acting(stage, "amira")
     async with aclosing(http):
-        made = await http.post("/v1/channels", json={"id": "long", "type": "group", "members": ["amira"]})
+        made = await http.post("/v1/channels", json={"id": "long", "type": "group", "members": ["lena"]})
         assert made.is_success, made.text
         token = http.headers["authorization"].removeprefix("Bearer ")
-    async with await Wire.open(stage.server.port) as lena:
-        assert (await lena.ask("connect", token=token, device={"id": "filler"}))["type"] == "connected"
+    async with await Wire.open(stage.server.port) as wire:
+        assert (await wire.ask("connect", token=token, device={"id": "filler"}))["type"] == "connected"
         for first in range(0, MESSAGES, AT_ONCE):
             numbers = range(first, first + AT_ONCE)
             waiting = [
-                await lena.post("message.send", channel="long", key=f"k{number}", text=f"message {number}")
+                await wire.post("message.send", channel="long", key=f"k{number}", text=f"message {number}")
                 for number in numbers
             ]
             for reply in await asyncio.gather(*waiting):
