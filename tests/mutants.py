@@ -1,8 +1,8 @@
 """Deliberate breaks of the product, each of which must turn its tests red. Run: `make mutants`, `… ARGS="-k D3"`.
 
-A check that no break can turn red proves nothing. Each mutant is applied to a copy of `src`, and the tests that claim
-to notice run against the copy. A mutant whose text is no longer in the source exactly once is stale and counts as a
-failure: move it along with the code.
+A check that no break can turn red proves nothing. Each mutant is applied to a copy of `src` and `sdk`, and the tests
+that claim to notice run against the copy. A mutant whose text is no longer in the source exactly once is stale and
+counts as a failure: move it along with the code.
 
 To add one: find the line that makes the promise true, write the smallest plausible mistake, name the tests.
 """
@@ -1455,6 +1455,182 @@ MUTANTS: list[Mutant] = [
         new="            pass",
         tests=["tests/gateway/test_nodes.py", "-k", "does_not_come"],
     ),
+    Mutant(
+        check="browser",
+        why="a message that is sent again has another key",
+        file="sdk/js/src/core.js",
+        old="key: entry.key, ...entry.content });",
+        new="key: this.#env.newId(), ...entry.content });",
+        tests=["tests/sdk_js", "-k", "under_node"],
+    ),
+    Mutant(
+        check="browser",
+        why="a message leaves before it is on the disk",
+        file="sdk/js/src/core.js",
+        old="might send it again.\n    this.flush().then(() => this.#transmitAll());",
+        new="might send it again.\n    void this.flush();\n    this.#transmitAll();",
+        tests=["tests/sdk_js", "-k", "under_node"],
+    ),
+    Mutant(
+        check="browser",
+        why="what waits on the disk is not found by the next page",
+        file="sdk/js/src/core.js",
+        old="    this.outbox = stored.outbox;\n",
+        new="",
+        tests=["tests/sdk_js", "-k", "under_node"],
+    ),
+    Mutant(
+        check="browser",
+        why="another user's messages are sent in one's name",
+        file="sdk/js/src/core.js",
+        old="if (this.user !== undefined && this.user !== frame.user) {",
+        new="if (this.user === null) {",
+        tests=["tests/sdk_js", "-k", "under_node"],
+    ),
+    Mutant(
+        check="browser",
+        why="an event that is told twice is applied twice",
+        file="sdk/js/src/core.js",
+        old="    if (seq <= at) return;\n",
+        new="",
+        tests=["tests/conformance", "-k", "javascript"],
+    ),
+    Mutant(
+        check="browser",
+        why="a gap is not filled",
+        file="sdk/js/src/core.js",
+        old="    if (seq > at + 1) {",
+        new="    if (seq > at + 1 && stream === ME) {",
+        tests=["tests/conformance", "-k", "javascript"],
+    ),
+    Mutant(
+        check="browser",
+        why="the position reaches the disk without what it stands for",
+        file="sdk/js/src/core.js",
+        old="      messages.push({ channel, seq, message: data });\n",
+        new="",
+        tests=["tests/sdk_js", "-k", "under_node"],
+    ),
+    Mutant(
+        check="browser",
+        why="a reply about a message that was there is taken for a new one",
+        file="sdk/js/src/core.js",
+        old="duplicate: !!sent.duplicate",
+        new="duplicate: false",
+        tests=["tests/sdk_js", "-k", "under_node"],
+    ),
+    Mutant(
+        check="browser",
+        why="a message that has to wait is overtaken",
+        file="sdk/js/src/core.js",
+        old='if (entry.state === "queued" && !this.#busy.has(entry.channel))',
+        new='if (entry.state === "queued")',
+        tests=["tests/sdk_js", "-k", "under_node"],
+    ),
+    Mutant(
+        check="browser",
+        why="a full disk is given up for good",
+        file="sdk/js/src/core.js",
+        old="if (!isFull(error)) throw error;",
+        new="throw error;",
+        tests=["tests/sdk_js", "-k", "under_node"],
+    ),
+    Mutant(
+        check="browser",
+        why="what a full disk did not take is forgotten",
+        file="sdk/js/src/core.js",
+        old="    this.#changes = together(changes, this.#changes);\n",
+        new="",
+        tests=["tests/sdk_js", "-k", "under_node"],
+    ),
+    Mutant(
+        check="browser",
+        why="cached messages stay behind when others were not stored",
+        file="sdk/js/src/storage.js",
+        old="        if (changes.wipe) messages.clear();\n",
+        new="",
+        tests=["tests/sdk_js", "-k", "under_node"],
+    ),
+    Mutant(
+        check="browser",
+        why="pauses without jitter",
+        file="sdk/js/src/connection.js",
+        old="Math.max(asked, random() * most)",
+        new="Math.max(asked, most)",
+        tests=["tests/sdk_js", "-k", "under_node"],
+    ),
+    Mutant(
+        check="browser",
+        why="over HTTP a socket is never looked for again",
+        file="sdk/js/src/connection.js",
+        old="      this.#lookForSocket();\n      this.#beatNow();",
+        new="      this.#beatNow();",
+        tests=["tests/browser/test_fallback.py"],
+    ),
+    Mutant(
+        check="browser",
+        why="a socket that gets through is not used",
+        file="sdk/js/src/connection.js",
+        old="        this.#hangUp();\n        void this.#dial();\n      },\n      frame",
+        new="      },\n      frame",
+        tests=["tests/sdk_js", "-k", "under_node"],
+    ),
+    Mutant(
+        check="browser",
+        why="two tabs of a user connect both",
+        file="sdk/js/src/tabs.js",
+        old="{ ifAvailable: true }",
+        new='{ ifAvailable: true, mode: "shared" }',
+        tests=["tests/browser/test_demo.py", "-k", "two_tabs"],
+    ),
+    Mutant(
+        check="browser",
+        why="one's own message stands there twice when it came with the history",
+        file="sdk/js/src/channel.js",
+        old="const there = new Set(this.#window.slice(-100).filter(({ user }) => user === me).map(({ key }) => key));",
+        new="const there = new Set();",
+        tests=["tests/sdk_js", "-k", "under_node"],
+    ),
+    Mutant(
+        check="browser",
+        why="one's own message from another device leaves what is before it unread",
+        file="sdk/js/src/client.js",
+        old="if (mine) Object.assign(changes, { unread: 0,",
+        new="if (mine && !known) Object.assign(changes, { unread: 0,",
+        tests=["tests/sdk_js", "-k", "under_node"],
+    ),
+    Mutant(
+        check="browser",
+        why="what is read on one device stays unread on the other",
+        file="sdk/js/src/client.js",
+        old='else if (signal.type === "unread") this.counted(signal);',
+        new='else if (signal.type === "unread") return;',
+        tests=["tests/browser/test_devices.py", "-k", "reads_and_sends"],
+    ),
+    Mutant(
+        check="browser",
+        why="text is taken for markup",
+        file="sdk/components/src/dom.js",
+        old="child !== false) element.append(child);",
+        new="child !== false) child.nodeType ? element.append(child) : element.insertAdjacentHTML('beforeend', child);",
+        tests=["tests/browser/test_components.py", "-k", "nothing_that_somebody"],
+    ),
+    Mutant(
+        check="browser",
+        why="addresses that run a script are links",
+        file="sdk/components/src/dom.js",
+        old='return parsed.protocol === "https:" || parsed.protocol === "http:" ? parsed.href : undefined;',
+        new="return parsed.href;",
+        tests=["tests/browser/test_components.py", "-k", "nothing_that_somebody"],
+    ),
+    Mutant(
+        check="browser",
+        why="what moves does so for those, too, who do not want it",
+        file="sdk/components/src/theme.js",
+        old="animation: none !important; ",
+        new="",
+        tests=["tests/browser/test_accessible.py", "-k", "nothing_moves"],
+    ),
 ]
 
 Verdict = Literal["caught", "SURVIVED", "STALE", "BROKEN"]
@@ -1470,11 +1646,15 @@ class Outcome:
     note: str = ""
 
 
-def run_tests(source: Path, tests: Sequence[str]) -> tuple[int, str]:
-    """pytest's exit code and last line, with `tidings` imported from the directory `source`."""
+def run_tests(root: Path, tests: Sequence[str]) -> tuple[int, str]:
+    """pytest's exit code and last line, with `tidings` imported from `src`, and JavaScript from `sdk`, of `root`."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", *tests]
     # PYTHONPATH comes before the installed package, for the tests and for every server that they start.
-    environ = os.environ | {"PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
+    environ = os.environ | {
+        "PYTHONPATH": str(root / "src"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TIDINGS_TEST_SDK": str(root / "sdk"),
+    }
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -1502,14 +1682,16 @@ def try_mutant(mutant: Mutant) -> Outcome:
         return Outcome(mutant, verdict, time.monotonic() - begun, note)
 
     with tempfile.TemporaryDirectory(prefix="tidings-mutant-") as folder:
-        source = Path(folder) / "src"
-        shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
+        for part in ("src", "sdk"):
+            ignored = shutil.ignore_patterns("__pycache__", "node_modules")
+            shutil.copytree(ROOT / part, Path(folder) / part, ignore=ignored)
+        (Path(folder) / "sdk/node_modules").symlink_to(ROOT / "sdk/node_modules")
         target = Path(folder) / mutant.file
         text = target.read_text(encoding="utf-8") if target.is_file() else ""
         if (times := text.count(mutant.old)) != 1:
             return outcome("STALE", f"its text occurs {times} times in {mutant.file}")
         target.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
-        code, note = run_tests(source, mutant.tests)
+        code, note = run_tests(Path(folder), mutant.tests)
     # pytest: 0 all passed, 1 some failed, 2 interrupted (an import failed), 4 wrong usage, 5 nothing collected.
     verdicts: dict[int, Verdict] = {0: "SURVIVED", 1: "caught", 2: "caught"}
     return outcome(verdicts.get(code, "BROKEN"), note)
@@ -1537,7 +1719,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     # A test that is red without any mutant would catch them all.
     for tests in sorted({tuple(mutant.tests) for mutant in mutants}):
-        code, note = run_tests(ROOT / "src", tests)
+        code, note = run_tests(ROOT, tests)
         if code != 0:
             print(f"not green to begin with: {' '.join(tests)}: {note}")
             return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -16,7 +17,8 @@ import pytest
 from tests.conformance.player import Player, playing
 
 HERE = Path(__file__).parent
-SDK = HERE.parents[1] / "sdk"
+# `make mutants` names another one.
+SDK = Path(os.environ.get("TIDINGS_TEST_SDK", HERE.parents[1] / "sdk"))
 SCENARIOS: list[dict[str, Any]] = json.loads((HERE / "scenarios.json").read_text())
 DRIVERS = {
     "python": [sys.executable, str(HERE / "drivers/python_driver.py")],

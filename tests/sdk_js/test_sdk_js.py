@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-SDK = Path(__file__).parents[2] / "sdk"
+# `make mutants` names another one.
+SDK = Path(os.environ.get("TIDINGS_TEST_SDK", Path(__file__).parents[2] / "sdk"))
 SECONDS = 110
 
 

@@ -7,7 +7,7 @@ const PAUSE_MS_MAX = 30_000;
 /** How long an answer may take, and a connection to come about. */
 const COMMAND_MS = 15_000;
 const CONNECT_MS = 15_000;
-/** After so many sockets that never opened, HTTP is tried; and a socket again after so long. */
+/** After so many sockets that never opened, HTTP is tried; and a socket again every so often, or when the network changes. */
 const SOCKETS_TRIED = 2;
 const SOCKET_AGAIN_MS = 300_000;
 /** A token is renewed so long before it ends, or after nine tenths of its life if that is shorter. */
@@ -45,6 +45,8 @@ export class Connection {
   /** @type {any} */ #retry;
   /** @type {any} */ #beat;
   /** @type {any} */ #renewal;
+  /** @type {any} */ #again;
+  /** A socket that is opened to see whether it gets through. @type {import("./transport.js").Transport | null} */ #probe = null;
   /** @type {number | undefined} */ #comeBackMs;
   /** @type {TidingsError | undefined} */ #lastError;
   open = false;
@@ -89,6 +91,7 @@ export class Connection {
     if (!this.#wanted || this.#cut) return;
     if (this.open) {
       const transport = this.#transport;
+      this.#lookForSocket();
       this.#beatNow();
       const asked = this.#env.clock.now();
       this.#env.clock.setTimeout(() => {
@@ -154,7 +157,7 @@ export class Connection {
       opened: () => {
         if (!current()) return;
         opened = true;
-        if (kind === "websocket") this.#deadSockets = 0;
+        if (kind === "websocket") this.#deadSockets = this.#overHttpSince = 0;
         this.#heard = clock.now();
         this.#ask(
           { type: "connect", token: this.#token, app: this.#options.app, client: "tidings-js/0.1.0", ...this.#hooks.begin() },
@@ -217,8 +220,33 @@ export class Connection {
     this.#heartbeat = connected.heartbeat_seconds * 1000;
     this.#later();
     this.#renewAt(connected.expires_at);
+    this.#lookAgain();
     this.#hooks.status({ state: "catching_up", transport: kind });
     this.#hooks.connected(connected);
+  }
+
+  #lookAgain() {
+    this.#env.clock.clearTimeout(this.#again);
+    if (this.#transport?.name === "http") this.#again = this.#env.clock.setTimeout(() => this.#lookForSocket(), SOCKET_AGAIN_MS);
+  }
+
+  /** While HTTP is what there is: whether a socket gets through by now. Then it is the connection. */
+  #lookForSocket() {
+    const { WebSocket } = this.#env;
+    if (this.#transport?.name !== "http" || this.#options.transport === "http" || !WebSocket || this.#probe) return;
+    const probe = (this.#probe = webSocket(WebSocket, this.#options.url, {
+      opened: () => {
+        this.#deadSockets = this.#overHttpSince = 0;
+        this.#hangUp();
+        void this.#dial();
+      },
+      frame: () => {},
+      closed: () => {
+        if (this.#probe !== probe) return;
+        this.#probe = null;
+        this.#lookAgain();
+      },
+    }));
   }
 
   #later() {
@@ -294,11 +322,14 @@ export class Connection {
   #hangUp() {
     const { clock } = this.#env;
     this.#dialling += 1;
-    for (const timer of [this.#retry, this.#beat, this.#renewal]) clock.clearTimeout(timer);
+    for (const timer of [this.#retry, this.#beat, this.#renewal, this.#again]) clock.clearTimeout(timer);
     this.#retry = undefined;
     const transport = this.#transport;
+    const probe = this.#probe;
     const was = this.open;
     this.#transport = null;
+    this.#probe = null;
+    probe?.close();
     this.open = false;
     transport?.close();
     for (const { reject, timer } of this.#waiting.values()) {

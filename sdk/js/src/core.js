@@ -1,12 +1,14 @@
 import { Connection } from "./connection.js";
 import { TidingsError } from "./errors.js";
-import { CACHED, indexedStorage, memoryStorage, noChanges } from "./storage.js";
+import { CACHED, indexedStorage, isFull, memoryStorage, noChanges, removals, together } from "./storage.js";
 
 const ME = "@me";
 /** Streams in one `sync`. */
 const SYNC_MAX = 1_000;
 /** What has changed is stored together after this time, what is sent at once. */
 const SAVE_MS = 250;
+/** A full disk is tried again after this time, and with each message that is sent. */
+const FULL_AGAIN_MS = 5_000;
 const ACK_MS = 1_000;
 const AGAIN_MS = 1_000;
 const HISTORY = 50;
@@ -32,6 +34,8 @@ export class Core {
   /** @type {import("./storage.js").Storage} */ #storage = memoryStorage();
   #changes = noChanges();
   #dirty = false;
+  /** The disk is full: what has changed since waits in `#changes`. */
+  #full = false;
   /** @type {any} */ #saving;
   /** @type {Promise<void>} */ #saved = Promise.resolve();
   /** @type {string | undefined} */ #mark;
@@ -142,14 +146,15 @@ export class Core {
     this.#changes = noChanges();
     await this.#storage.clear();
     this.#storage = memoryStorage();
+    this.#full = false;
   }
 
   /** @param {any} status */
   #tell(status) {
     this.status = {
       leader: true,
-      storage: this.#storage.kind,
       ...status,
+      storage: this.#kept,
       since: status.state === this.status.state ? this.status.since : this.#env.clock.now(),
     };
     this.#emit("status", this.status);
@@ -170,7 +175,7 @@ export class Core {
 
   #soon() {
     this.#dirty = true;
-    this.#saving ??= this.#env.clock.setTimeout(() => void this.flush(), SAVE_MS);
+    this.#saving ??= this.#env.clock.setTimeout(() => void this.flush(), this.#full ? FULL_AGAIN_MS : SAVE_MS);
   }
 
   /** Store what has changed; done when it is on disk. @returns {Promise<void>} never rejected */
@@ -182,9 +187,45 @@ export class Core {
       this.#changes = noChanges();
       this.#dirty = false;
       // One after the other: what comes later is about what came before.
-      this.#saved = this.#saved.then(() => this.#storage.save(changes)).catch((error) => this.#lost(error));
+      this.#saved = this.#saved.then(() => this.#save(changes)).catch((error) => this.#lost(error));
     }
     return this.#saved;
+  }
+
+  /** @param {import("./storage.js").Changes} changes */
+  async #save(changes) {
+    try {
+      await this.#storage.save(changes);
+    } catch (error) {
+      if (!isFull(error)) throw error;
+      try {
+        // The server has all that is cached: it makes room for what is nowhere else.
+        await this.#storage.save(removals(changes));
+        await this.#storage.save({ ...changes, messages: [] });
+      } catch (again) {
+        if (!isFull(again)) throw again;
+        return this.#keepBack(changes);
+      }
+    }
+    if (!this.#full) return;
+    this.#full = false;
+    this.#tell(this.status);
+  }
+
+  /** There is no room: it is kept here, and tried again. @param {import("./storage.js").Changes} changes */
+  #keepBack(changes) {
+    this.#changes = together(changes, this.#changes);
+    if (!this.#full) {
+      this.#full = true;
+      this.#diagnose("storage_full", "The disk is full: until there is room, what happens does not outlive this page.");
+      this.#tell(this.status);
+    }
+    this.#soon();
+  }
+
+  /** What what happens now is kept in. */
+  get #kept() {
+    return this.#full ? "full" : this.#storage.kind;
   }
 
   /** @param {unknown} error */
@@ -198,6 +239,7 @@ export class Core {
       // It is gone already.
     }
     this.#storage = memoryStorage();
+    this.#full = false;
     this.#tell(this.status);
   }
 

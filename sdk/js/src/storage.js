@@ -15,6 +15,7 @@
  * @property {Map<string, any>} outbox undefined: gone
  * @property {Map<string, any>} channels undefined: gone
  * @property {Map<string, any>} drafts
+ * @property {boolean} [wipe] first, all messages of all channels go
  * @property {Array<{channel: string, seq: number, message?: any, merge?: (old: any) => any, drop?: boolean}>} messages
  *   `merge` changes one that is there; `drop`: all of the channel up to `seq`
  *
@@ -34,6 +35,7 @@ const STORES = /** @type {const} */ (["meta", "positions", "outbox", "channels",
 
 /** @returns {Changes} */
 export const noChanges = () => ({
+  wipe: false,
   meta: new Map(),
   positions: new Map(),
   outbox: new Map(),
@@ -92,12 +94,14 @@ export async function indexedStorage(factory, name) {
       return new Promise((resolve, reject) => {
         const tx = db.transaction([...STORES, "messages"], "readwrite", { durability: "relaxed" });
         tx.oncomplete = () => resolve();
-        tx.onabort = tx.onerror = () => reject(tx.error ?? new Error("The transaction was aborted."));
+        // Not at `error`, which comes before it: the reason is known only here.
+        tx.onabort = () => reject(tx.error ?? new Error("The transaction was aborted."));
+        const messages = tx.objectStore("messages");
+        if (changes.wipe) messages.clear();
         for (const store of STORES) {
           const at = tx.objectStore(store);
           for (const [key, value] of changes[store]) value === undefined ? at.delete(key) : at.put(value, key);
         }
-        const messages = tx.objectStore("messages");
         for (const { channel, seq, message, merge, drop } of changes.messages) {
           const key = [channel, seq];
           if (drop) messages.delete(IDBRange(factory, [channel, 0], key));
@@ -149,4 +153,34 @@ function done(request) {
     request.onsuccess = () => resolve(request.result);
     request.onerror = () => reject(request.error ?? new Error("IndexedDB refused."));
   });
+}
+
+/** Whether a failure means that the disk, or this site's part of it, is full. @param {any} error */
+export const isFull = (error) => error?.name === "QuotaExceededError";
+
+/**
+ * The part of changes that only takes away, the cached messages with it, and needs no room.
+ * @param {Changes} changes
+ * @returns {Changes}
+ */
+export function removals(changes) {
+  const gone = noChanges();
+  gone.wipe = true;
+  for (const store of STORES) for (const [key, value] of changes[store]) if (value === undefined) gone[store].set(key, value);
+  return gone;
+}
+
+/**
+ * Changes that were not stored, and those that came after them. Messages are left out, and with them all that are cached:
+ * what lies between would be missing.
+ * @param {Changes} before
+ * @param {Changes} after
+ * @returns {Changes}
+ */
+export function together(before, after) {
+  const both = noChanges();
+  both.wipe = true;
+  for (const store of STORES) both[store] = new Map([...before[store], ...after[store]]);
+  both.messages = after.messages;
+  return both;
 }

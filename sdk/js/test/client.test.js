@@ -183,6 +183,97 @@ test("a store that breaks costs nothing but what outlives the page", async () =>
   assert.equal((await client.channel("c1").send({ text: "all the same" }).sent).seq, 1);
 });
 
+/** A factory whose disk takes nothing in while `full.is`, as browsers say it: the transaction is aborted. */
+function fillable(full) {
+  return {
+    KeyRange: IDBKeyRange,
+    deleteDatabase: (name) => factory.deleteDatabase(name),
+    open(...how) {
+      const opening = factory.open(...how);
+      opening.addEventListener("success", () => {
+        const db = opening.result;
+        const begin = db.transaction.bind(db);
+        db.transaction = (...what) => {
+          const tx = begin(...what);
+          const objectStore = tx.objectStore.bind(tx);
+          tx.objectStore = (name) => {
+            const store = objectStore(name);
+            const put = store.put.bind(store);
+            store.put = (...row) => {
+              if (!full.is || full.takes?.(name)) return put(...row);
+              full.refused = (full.refused ?? 0) + 1;
+              const request = put(...row);
+              queueMicrotask(() => {
+                try {
+                  tx.abort();
+                } catch {
+                  // By an earlier row already.
+                }
+              });
+              Object.defineProperty(tx, "error", { get: () => new DOMException("full", "QuotaExceededError") });
+              store.put = put;
+              return request;
+            };
+            return store;
+          };
+          return tx;
+        };
+      });
+      return opening;
+    },
+  };
+}
+
+test("a full disk stops nothing, and what was held back is stored when there is room", async () => {
+  const server = new FakeServer();
+  const full = { is: false };
+  const stored = { storage: "auto", indexedDB: fillable(full), name: "full" };
+  const client = make(server, stored).start();
+  const told = [];
+  client.on("diagnostic", ({ code }) => told.push(code));
+  await client.connected({ timeout_ms: 2000 });
+  const channel = client.channel("c1");
+  await channel.send({ text: "before" }).sent;
+  full.is = true;
+  assert.equal((await channel.send({ text: "while it is full" }).sent).seq, 2);
+  await until(() => client.status.get().storage === "full");
+  assert.deepEqual(told, ["storage_full"]);
+  // Not on the disk, and not sent either: it is all there when there is room again.
+  client.goOffline();
+  channel.send({ text: "waits", key: "waits" });
+  await until(() => full.refused > 2);
+  full.is = false;
+  channel.setDraft("half");
+  channel.send({ text: "makes it try again", key: "again" });
+  await until(() => client.status.get().storage === "indexeddb");
+  await client.stop();
+  assert.deepEqual(told, ["storage_full"]);
+  const after = make(server, stored).start();
+  await after.connected({ timeout_ms: 2000 });
+  await until(() => server.keys.has("again") && after.outbox.get().length === 0);
+  assert.ok(server.keys.has("waits"));
+  assert.equal(after.channel("c1").draft.get(), "half");
+  assert.equal(server.of("message.send").length, 4);
+});
+
+test("cached messages make room for what waits to be sent", async () => {
+  const server = new FakeServer();
+  const full = { is: false };
+  const stored = { storage: "auto", indexedDB: fillable(full), name: "room" };
+  const client = make(server, stored).start();
+  await client.connected({ timeout_ms: 2000 });
+  await client.channel("c1").send({ text: "cached" }).sent;
+  server.say(server.message("and another"));
+  await until(() => client.channel("c1").summary.get() !== undefined);
+  await client.link.cached("c1");
+  full.takes = (name) => name !== "messages";
+  full.is = true;
+  server.say(server.message("a third"));
+  await until(() => full.refused > 0);
+  assert.deepEqual(await client.link.cached("c1"), []);
+  assert.equal(client.status.get().storage, "indexeddb");
+});
+
 test("a history that was replaced is read anew", async () => {
   const server = new FakeServer();
   const client = make(server).start();

@@ -67,6 +67,10 @@ function enter() {
     document.title = `${total ? `(${total}) ` : ""}${me.name} · Tidings demo`;
   });
 
+  chat.on("diagnostic", ({ code, detail }) => {
+    if (code === "storage_full") toast(detail);
+  });
+
   let missed = 0;
   let counting = false;
   chat.on("message.created", ({ by }) => {
