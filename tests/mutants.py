@@ -1653,7 +1653,7 @@ def run_tests(root: Path, tests: Sequence[str]) -> tuple[int, str]:
     environ = os.environ | {
         "PYTHONPATH": str(root / "src"),
         "PYTHONDONTWRITEBYTECODE": "1",
-        "TIDINGS_TEST_SDK": str(root / "sdk"),
+        "MUTANTS_SDK": str(root / "sdk"),
     }
     process = subprocess.Popen(
         command,

@@ -18,7 +18,7 @@ from tests.conformance.player import Player, playing
 
 HERE = Path(__file__).parent
 # `make mutants` names another one.
-SDK = Path(os.environ.get("TIDINGS_TEST_SDK", HERE.parents[1] / "sdk"))
+SDK = Path(os.environ.get("MUTANTS_SDK", HERE.parents[1] / "sdk"))
 SCENARIOS: list[dict[str, Any]] = json.loads((HERE / "scenarios.json").read_text())
 DRIVERS = {
     "python": [sys.executable, str(HERE / "drivers/python_driver.py")],

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 # `make mutants` names another one.
-SDK = Path(os.environ.get("TIDINGS_TEST_SDK", Path(__file__).parents[2] / "sdk"))
+SDK = Path(os.environ.get("MUTANTS_SDK", Path(__file__).parents[2] / "sdk"))
 SECONDS = 110
 
 

@@ -69,6 +69,18 @@ test("a position reaches the disk together with what it stands for, and after it
   assert.deepEqual(saved[0], { seq: 2, with: [1, 2], told: [1, 2] });
 });
 
+test("a message that is put off is not overtaken by those behind it", async () => {
+  const server = new FakeServer();
+  const client = make(server);
+  await client.connected({ timeout_ms: 2000 });
+  server.instead["message.send"] = (frame, answer) => {
+    delete server.instead["message.send"];
+    answer({ type: "error", code: "rate_limited", detail: "Too fast.", retry: "later", retry_after_ms: 5 });
+  };
+  const sent = ["a", "b", "c"].map((text) => client.channel("c1").send({ text }).sent);
+  assert.deepEqual((await Promise.all(sent)).map(({ seq }) => seq), [1, 2, 3]);
+});
+
 test("pauses between attempts are a random part of a growing bound", async () => {
   const server = new FakeServer();
   server.up = false;
