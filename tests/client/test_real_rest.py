@@ -165,6 +165,8 @@ async def the_messages(rest: Any, ann: Any, ben: Any) -> None:
     assert (await ben.messages.page("ward", after=sent.seq)).messages[0].reply_to == sent.id
     assert [one.id for one in await all_of(ben.messages.history("ward"))] == [second.id, sent.id]
     assert (await ben.messages.get("ward", sent.id)).custom == {"n": 1}
+    assert (await ben.messages.get("ward", sent.id)).reply_count == 1
+    assert [one.id for one in await all_of(ben.messages.replies("ward", sent.id))] == [second.id]
 
     total = await ben.receipts.unread()
     assert (total.unread, total.mentions) == (2, 1)
