@@ -405,6 +405,179 @@ outbox = Table(
     _text("type"),
 )
 
+# Work to be done later, at least once, by whoever claims it (`services/queue.py`). A job is in one of three states:
+# waiting until `due_at`; claimed, then `lease` is the claim's number and `due_at` when it falls to the next; dead, with
+# `dead_at`. `app` 0: of no app. Payloads name things and hold no content.
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    _int("app"),
+    _text("kind"),
+    # One job per kind, app and key: putting it again while it waits changes nothing but its time.
+    _text("key"),
+    # 0 urgent, 1 normal, 2 bulk.
+    _int("priority", default="1"),
+    _int("due_at"),
+    _int("lease", default="0"),
+    # Put again while it was claimed: it is due at once when it ends.
+    _int("rearmed", default="0"),
+    _int("attempts", default="0"),
+    _blob("payload", null=True),
+    _text("error", null=True),
+    _int("created_at"),
+    _int("dead_at", null=True),
+    Index("jobs_key", "kind", "app", "key", unique=True),
+)
+Index(
+    "jobs_due",
+    jobs.c.kind,
+    jobs.c.priority,
+    jobs.c.due_at,
+    sqlite_where=jobs.c.dead_at.is_(None),
+    postgresql_where=jobs.c.dead_at.is_(None),
+)
+Index(
+    "jobs_dead",
+    jobs.c.app,
+    jobs.c.id,
+    sqlite_where=jobs.c.dead_at.is_not(None),
+    postgresql_where=jobs.c.dead_at.is_not(None),
+)
+
+# Where an app hears of its events. `definition`: url, events, channel types, content …; `sealed`: its secrets, item
+# `webhook:` + id, under the app key. `status`: enabled, disabled; `reason` says why.
+webhooks = Table(
+    "webhooks",
+    metadata,
+    _int("app"),
+    _text("id"),
+    _text("definition"),
+    _blob("sealed"),
+    _text("status"),
+    _text("reason", null=True),
+    _int("created_at"),
+    _int("updated_at"),
+    # Since when no delivery has succeeded, though some were tried.
+    _int("failing_since", null=True),
+    # Until when nothing is sent there: it has failed, or has asked to be left alone.
+    _int("paused_until", null=True),
+    _int("failures", default="0"),
+    PrimaryKeyConstraint("app", "id"),
+)
+
+# What was sent to an endpoint and what it answered, one row per attempt, kept for some days. `sealed`: headers and
+# bodies, item `delivery:` + id, under the app key.
+webhook_deliveries = Table(
+    "webhook_deliveries",
+    metadata,
+    _int("app"),
+    _text("webhook"),
+    # Sorts by time.
+    _text("id"),
+    # The message's id in the sense of Standard Webhooks: the same for every attempt.
+    _text("message"),
+    _text("type"),
+    _int("sid", null=True),
+    _int("seq", null=True),
+    _int("at"),
+    _int("attempt"),
+    # delivered, failed (will be tried again), exhausted, refused.
+    _text("outcome"),
+    _int("status", null=True),
+    _int("milliseconds"),
+    _text("error", null=True),
+    _blob("sealed", null=True),
+    PrimaryKeyConstraint("app", "webhook", "id"),
+    Index("webhook_deliveries_message", "app", "sid", "seq"),
+    Index("webhook_deliveries_at", "at"),
+    sqlite_with_rowid=False,
+)
+
+# How an app reaches a push provider. `sealed`: its credentials, item `push:` + id, under the app key. `status`: enabled,
+# disabled, misconfigured, then `error` says what the provider answered.
+push_providers = Table(
+    "push_providers",
+    metadata,
+    _int("app"),
+    _text("id"),
+    # fcm, apns, webpush, http.
+    _text("kind"),
+    _text("definition"),
+    _blob("sealed", null=True),
+    _text("status"),
+    _text("error", null=True),
+    _int("created_at"),
+    _int("updated_at"),
+    PrimaryKeyConstraint("app", "id"),
+)
+
+# Where one device of a user can be woken. `sealed`: the provider's token or subscription, item `token:` + user + `/` +
+# device + `/` + provider, under the app key; `digest`: its fingerprint, so that a token belongs to one device.
+push_tokens = Table(
+    "push_tokens",
+    metadata,
+    _int("app"),
+    _text("user"),
+    _text("device"),
+    _text("provider"),
+    _blob("digest"),
+    _blob("sealed"),
+    _text("language", null=True),
+    _int("created_at"),
+    _int("updated_at"),
+    PrimaryKeyConstraint("app", "user", "device", "provider"),
+    Index("push_tokens_digest", "app", "provider", "digest", unique=True),
+)
+
+# What a user wants to be told of. `device` empty: every device; `sid` 0: every channel.
+notification_preferences = Table(
+    "notification_preferences",
+    metadata,
+    _int("app"),
+    _text("user"),
+    _text("device"),
+    _int("sid"),
+    _text("definition"),
+    _int("updated_at"),
+    PrimaryKeyConstraint("app", "user", "device", "sid"),
+    sqlite_with_rowid=False,
+)
+
+# What became of a message's pushes, one row per decision and per attempt, kept for some days. `device` empty: the user as
+# a whole; `user` empty: the channel as a whole.
+push_log = Table(
+    "push_log",
+    metadata,
+    _int("app"),
+    _int("sid"),
+    _int("seq"),
+    _text("user"),
+    _text("device"),
+    # Sorts by time.
+    _text("id"),
+    _int("at"),
+    # skipped, scheduled, accepted, failed, dropped; `reason` is a word of one list, `provider` who was asked.
+    _text("outcome"),
+    _text("reason"),
+    _text("provider", null=True),
+    # The provider's own words, cut; never content.
+    _text("detail", null=True),
+    PrimaryKeyConstraint("app", "sid", "seq", "user", "device", "id"),
+    Index("push_log_at", "at"),
+    sqlite_with_rowid=False,
+)
+
+# An app's own say about a message before it is stored. `sealed`: the secrets, item `presend`, under the app key.
+presend_hooks = Table(
+    "presend_hooks",
+    metadata,
+    Column("app", BigInteger, primary_key=True, autoincrement=False),
+    _text("definition"),
+    _blob("sealed"),
+    _int("updated_at"),
+)
+
 audit = Table(
     "audit",
     metadata,

@@ -27,7 +27,7 @@ from tidings.server.errors import StoreCorrupt, TidingsError
 from ..sqlite import connect
 
 # The revision that this code works with: the newest file in `versions`.
-HEAD: Final = "0003"
+HEAD: Final = "0004"
 VERSIONS: Final = Path(__file__).parent / "versions"
 # The row of `meta` that holds a database's revision.
 REVISION: Final = "schema_revision"

@@ -270,5 +270,114 @@ CREATE INDEX members_moved ON members (app, "user", moved_at);
 UPDATE alembic_version SET version_num='0002' WHERE alembic_version.version_num = '0001';
 CREATE INDEX members_role ON members (app, sid, role, "user");
 UPDATE alembic_version SET version_num='0003' WHERE alembic_version.version_num = '0002';
-INSERT INTO meta(name,value) VALUES ('schema_revision','0003');
+CREATE TABLE jobs (
+    id BIGSERIAL NOT NULL,
+    app BIGINT NOT NULL,
+    kind TEXT COLLATE "C" NOT NULL,
+    key TEXT COLLATE "C" NOT NULL,
+    priority BIGINT DEFAULT '1' NOT NULL,
+    due_at BIGINT NOT NULL,
+    lease BIGINT DEFAULT '0' NOT NULL,
+    rearmed BIGINT DEFAULT '0' NOT NULL,
+    attempts BIGINT DEFAULT '0' NOT NULL,
+    payload BYTEA,
+    error TEXT COLLATE "C",
+    created_at BIGINT NOT NULL,
+    dead_at BIGINT,
+    PRIMARY KEY (id)
+);
+CREATE INDEX jobs_dead ON jobs (app, id) WHERE dead_at IS NOT NULL;
+CREATE INDEX jobs_due ON jobs (kind, priority, due_at) WHERE dead_at IS NULL;
+CREATE UNIQUE INDEX jobs_key ON jobs (kind, app, key);
+CREATE TABLE notification_preferences (
+    app BIGINT NOT NULL,
+    "user" TEXT COLLATE "C" NOT NULL,
+    device TEXT COLLATE "C" NOT NULL,
+    sid BIGINT NOT NULL,
+    definition TEXT COLLATE "C" NOT NULL,
+    updated_at BIGINT NOT NULL,
+    PRIMARY KEY (app, "user", device, sid)
+);
+CREATE TABLE presend_hooks (
+    app BIGINT NOT NULL,
+    definition TEXT COLLATE "C" NOT NULL,
+    sealed BYTEA NOT NULL,
+    updated_at BIGINT NOT NULL,
+    PRIMARY KEY (app)
+);
+CREATE TABLE push_log (
+    app BIGINT NOT NULL,
+    sid BIGINT NOT NULL,
+    seq BIGINT NOT NULL,
+    "user" TEXT COLLATE "C" NOT NULL,
+    device TEXT COLLATE "C" NOT NULL,
+    id TEXT COLLATE "C" NOT NULL,
+    at BIGINT NOT NULL,
+    outcome TEXT COLLATE "C" NOT NULL,
+    reason TEXT COLLATE "C" NOT NULL,
+    provider TEXT COLLATE "C",
+    detail TEXT COLLATE "C",
+    PRIMARY KEY (app, sid, seq, "user", device, id)
+);
+CREATE INDEX push_log_at ON push_log (at);
+CREATE TABLE push_providers (
+    app BIGINT NOT NULL,
+    id TEXT COLLATE "C" NOT NULL,
+    kind TEXT COLLATE "C" NOT NULL,
+    definition TEXT COLLATE "C" NOT NULL,
+    sealed BYTEA,
+    status TEXT COLLATE "C" NOT NULL,
+    error TEXT COLLATE "C",
+    created_at BIGINT NOT NULL,
+    updated_at BIGINT NOT NULL,
+    PRIMARY KEY (app, id)
+);
+CREATE TABLE push_tokens (
+    app BIGINT NOT NULL,
+    "user" TEXT COLLATE "C" NOT NULL,
+    device TEXT COLLATE "C" NOT NULL,
+    provider TEXT COLLATE "C" NOT NULL,
+    digest BYTEA NOT NULL,
+    sealed BYTEA NOT NULL,
+    language TEXT COLLATE "C",
+    created_at BIGINT NOT NULL,
+    updated_at BIGINT NOT NULL,
+    PRIMARY KEY (app, "user", device, provider)
+);
+CREATE UNIQUE INDEX push_tokens_digest ON push_tokens (app, provider, digest);
+CREATE TABLE webhook_deliveries (
+    app BIGINT NOT NULL,
+    webhook TEXT COLLATE "C" NOT NULL,
+    id TEXT COLLATE "C" NOT NULL,
+    message TEXT COLLATE "C" NOT NULL,
+    type TEXT COLLATE "C" NOT NULL,
+    sid BIGINT,
+    seq BIGINT,
+    at BIGINT NOT NULL,
+    attempt BIGINT NOT NULL,
+    outcome TEXT COLLATE "C" NOT NULL,
+    status BIGINT,
+    milliseconds BIGINT NOT NULL,
+    error TEXT COLLATE "C",
+    sealed BYTEA,
+    PRIMARY KEY (app, webhook, id)
+);
+CREATE INDEX webhook_deliveries_at ON webhook_deliveries (at);
+CREATE INDEX webhook_deliveries_message ON webhook_deliveries (app, sid, seq);
+CREATE TABLE webhooks (
+    app BIGINT NOT NULL,
+    id TEXT COLLATE "C" NOT NULL,
+    definition TEXT COLLATE "C" NOT NULL,
+    sealed BYTEA NOT NULL,
+    status TEXT COLLATE "C" NOT NULL,
+    reason TEXT COLLATE "C",
+    created_at BIGINT NOT NULL,
+    updated_at BIGINT NOT NULL,
+    failing_since BIGINT,
+    paused_until BIGINT,
+    failures BIGINT DEFAULT '0' NOT NULL,
+    PRIMARY KEY (app, id)
+);
+UPDATE alembic_version SET version_num='0004' WHERE alembic_version.version_num = '0003';
+INSERT INTO meta(name,value) VALUES ('schema_revision','0004');
 INSERT INTO meta(name,value) VALUES ('compatible_from','0001');

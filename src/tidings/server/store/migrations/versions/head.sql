@@ -284,5 +284,122 @@ CREATE TABLE users (
 CREATE INDEX users_created ON users (app, created_at, id);
 CREATE INDEX members_moved ON members (app, user, moved_at);
 CREATE INDEX members_role ON members (app, sid, role, user);
-INSERT INTO alembic_version(version_num) VALUES ('0003');
-INSERT INTO meta(name,value) VALUES ('schema_revision','0003');
+CREATE TABLE jobs (
+	id INTEGER NOT NULL,
+	app BIGINT NOT NULL,
+	kind TEXT NOT NULL,
+	"key" TEXT NOT NULL,
+	priority BIGINT DEFAULT '1' NOT NULL,
+	due_at BIGINT NOT NULL,
+	lease BIGINT DEFAULT '0' NOT NULL,
+	rearmed BIGINT DEFAULT '0' NOT NULL,
+	attempts BIGINT DEFAULT '0' NOT NULL,
+	payload BLOB,
+	error TEXT,
+	created_at BIGINT NOT NULL,
+	dead_at BIGINT,
+	PRIMARY KEY (id)
+);
+CREATE INDEX jobs_dead ON jobs (app, id) WHERE dead_at IS NOT NULL;
+CREATE INDEX jobs_due ON jobs (kind, priority, due_at) WHERE dead_at IS NULL;
+CREATE UNIQUE INDEX jobs_key ON jobs (kind, app, "key");
+CREATE TABLE notification_preferences (
+	app BIGINT NOT NULL,
+	user TEXT NOT NULL,
+	device TEXT NOT NULL,
+	sid BIGINT NOT NULL,
+	definition TEXT NOT NULL,
+	updated_at BIGINT NOT NULL,
+	PRIMARY KEY (app, user, device, sid)
+)
+ WITHOUT ROWID
+
+;
+CREATE TABLE presend_hooks (
+	app BIGINT NOT NULL,
+	definition TEXT NOT NULL,
+	sealed BLOB NOT NULL,
+	updated_at BIGINT NOT NULL,
+	PRIMARY KEY (app)
+);
+CREATE TABLE push_log (
+	app BIGINT NOT NULL,
+	sid BIGINT NOT NULL,
+	seq BIGINT NOT NULL,
+	user TEXT NOT NULL,
+	device TEXT NOT NULL,
+	id TEXT NOT NULL,
+	at BIGINT NOT NULL,
+	outcome TEXT NOT NULL,
+	reason TEXT NOT NULL,
+	provider TEXT,
+	detail TEXT,
+	PRIMARY KEY (app, sid, seq, user, device, id)
+)
+ WITHOUT ROWID
+
+;
+CREATE INDEX push_log_at ON push_log (at);
+CREATE TABLE push_providers (
+	app BIGINT NOT NULL,
+	id TEXT NOT NULL,
+	kind TEXT NOT NULL,
+	definition TEXT NOT NULL,
+	sealed BLOB,
+	status TEXT NOT NULL,
+	error TEXT,
+	created_at BIGINT NOT NULL,
+	updated_at BIGINT NOT NULL,
+	PRIMARY KEY (app, id)
+);
+CREATE TABLE push_tokens (
+	app BIGINT NOT NULL,
+	user TEXT NOT NULL,
+	device TEXT NOT NULL,
+	provider TEXT NOT NULL,
+	digest BLOB NOT NULL,
+	sealed BLOB NOT NULL,
+	language TEXT,
+	created_at BIGINT NOT NULL,
+	updated_at BIGINT NOT NULL,
+	PRIMARY KEY (app, user, device, provider)
+);
+CREATE UNIQUE INDEX push_tokens_digest ON push_tokens (app, provider, digest);
+CREATE TABLE webhook_deliveries (
+	app BIGINT NOT NULL,
+	webhook TEXT NOT NULL,
+	id TEXT NOT NULL,
+	message TEXT NOT NULL,
+	type TEXT NOT NULL,
+	sid BIGINT,
+	seq BIGINT,
+	at BIGINT NOT NULL,
+	attempt BIGINT NOT NULL,
+	outcome TEXT NOT NULL,
+	status BIGINT,
+	milliseconds BIGINT NOT NULL,
+	error TEXT,
+	sealed BLOB,
+	PRIMARY KEY (app, webhook, id)
+)
+ WITHOUT ROWID
+
+;
+CREATE INDEX webhook_deliveries_at ON webhook_deliveries (at);
+CREATE INDEX webhook_deliveries_message ON webhook_deliveries (app, sid, seq);
+CREATE TABLE webhooks (
+	app BIGINT NOT NULL,
+	id TEXT NOT NULL,
+	definition TEXT NOT NULL,
+	sealed BLOB NOT NULL,
+	status TEXT NOT NULL,
+	reason TEXT,
+	created_at BIGINT NOT NULL,
+	updated_at BIGINT NOT NULL,
+	failing_since BIGINT,
+	paused_until BIGINT,
+	failures BIGINT DEFAULT '0' NOT NULL,
+	PRIMARY KEY (app, id)
+);
+INSERT INTO alembic_version(version_num) VALUES ('0004');
+INSERT INTO meta(name,value) VALUES ('schema_revision','0004');
