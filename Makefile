@@ -5,6 +5,8 @@
 SHELL := /bin/sh
 PY := .venv/bin/python
 ARGS ?=
+# All tests run in two processes, a module in one of them; a part of them (ARGS) in one.
+JOBS ?= 2
 
 .PHONY: help run cluster test check format bench mutants soak docs screenshots clean setup setup-run setup-cluster
 
@@ -19,7 +21,7 @@ cluster: setup-cluster  ## Start PostgreSQL, NATS and three nodes here, to try w
 	@exec .venv/bin/tidings cluster $(ARGS)
 
 test: setup  ## Set up everything and run the tests, style and type checks included
-	@exec $(PY) -m pytest $(ARGS)
+	@exec $(PY) -m pytest $(if $(ARGS),,-n $(JOBS) --dist loadfile) $(ARGS)
 
 check: setup  ## ruff, mypy --strict and the import contracts, without the tests
 	$(PY) -m ruff check .

@@ -19,6 +19,8 @@ export class Channel {
   /** Events that came while a page was asked for. @type {any[] | null} */ #meanwhile = null;
   /** Sent, and not yet come back as an event. @type {Map<string, any>} */ #sent = new Map();
   #loading = 0;
+  /** The page that is being loaded. @type {Promise<void> | undefined} */
+  #underWay;
   #turn = 0;
   #head = 0;
   /** @type {Map<string, any>} */ #typists = new Map();
@@ -139,7 +141,13 @@ export class Channel {
    * @param {any} which
    * @param {(page: any) => void} take
    */
-  async #load(which, take) {
+  #load(which, take) {
+    this.#underWay = this.#run(which, take);
+    return this.#underWay;
+  }
+
+  /** @param {any} which @param {(page: any) => void} take */
+  async #run(which, take) {
     const turn = ++this.#turn;
     this.#loading += 1;
     this.#meanwhile = [];
@@ -172,8 +180,10 @@ export class Channel {
 
   /** Older messages above those that are loaded. @param {number} [limit] */
   async loadBefore(limit = PAGE) {
+    // One page at a time: who asks meanwhile waits for the one that is under way.
+    if (this.#loading) return this.#underWay;
     const first = this.#window[0];
-    if (!first || !this.state.get().has_before || this.#loading) return;
+    if (!first || !this.state.get().has_before) return;
     await this.#load({ before: first.seq, limit }, (page) => {
       this.#window = [...page.messages, ...this.#window];
       this.#set({ has_before: page.has_before });
@@ -182,8 +192,9 @@ export class Channel {
 
   /** Newer messages below those that are loaded, where the window does not reach the end. @param {number} [limit] */
   async loadAfter(limit = PAGE) {
+    if (this.#loading) return this.#underWay;
     const last = this.#window.at(-1);
-    if (!last || !this.state.get().has_after || this.#loading) return;
+    if (!last || !this.state.get().has_after) return;
     await this.#load({ after: last.seq, limit }, (page) => {
       this.#window = [...this.#window, ...page.messages];
       this.#set({ has_after: page.has_after });

@@ -278,6 +278,28 @@ test("cached messages make room for what waits to be sent", async () => {
   assert.equal(client.status.get().storage, "indexeddb");
 });
 
+test("who asks for older messages while some are on their way waits for them, and gets all by asking again", async () => {
+  const server = new FakeServer();
+  const all = [1, 2, 3, 4, 5].map((number) => server.message(String(number)).data);
+  const client = make(server).start();
+  await client.connected({ timeout_ms: 2000 });
+  const asked = [];
+  server.instead.history = (frame, answer) => {
+    asked.push(frame.before);
+    const older = all.filter(({ seq }) => seq < (frame.before ?? Infinity));
+    const page = { messages: older.slice(-2), has_before: older.length > 2, has_after: false, head: 5 };
+    setTimeout(() => answer({ type: "history", channel: "c1", epoch: server.streams.get("c1").epoch, ...page }), 5);
+  };
+  const channel = client.channel("c1");
+  channel.open();
+  await until(() => channel.state.get().ready);
+  const page = channel.loadBefore();
+  while (channel.state.get().has_before) await channel.loadBefore();
+  await page;
+  assert.deepEqual(texts(channel), ["1", "2", "3", "4", "5"]);
+  assert.equal(new Set(asked).size, asked.length);
+});
+
 test("a history that was replaced is read anew", async () => {
   const server = new FakeServer();
   const client = make(server).start();
