@@ -11,6 +11,9 @@ from tests import postgres
 # What sends every kind of statement through the port, in all areas; the rest is run on PostgreSQL by the environment.
 ON_BOTH = frozenset(
     {
+        "jobs/test_queue.py",
+        "jobs/test_worker.py",
+        "jobs/test_relay.py",
         "services/test_messages.py",
         "services/test_receipts.py",
         "services/test_counting.py",

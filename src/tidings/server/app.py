@@ -30,7 +30,8 @@ from tidings.server.gateway.endpoint import socket_protocol
 from tidings.server.gateway.gateway import Gateway
 from tidings.server.gateway.http import http_routes
 from tidings.server.jobs.health import probe_store
-from tidings.server.jobs.outbox import trim_outbox
+from tidings.server.jobs.relay import Reader, Relay
+from tidings.server.jobs.worker import Kind, Pressure, Worker
 from tidings.server.services import Services
 from tidings.server.services.access import AccessService
 from tidings.server.services.admin import Admin
@@ -41,6 +42,7 @@ from tidings.server.services.channels import Channels
 from tidings.server.services.jwks import JwksCache
 from tidings.server.services.members import Members
 from tidings.server.services.messages import Messages
+from tidings.server.services.queue import Queue
 from tidings.server.services.receipts import Receipts
 from tidings.server.services.sync import Sync
 from tidings.server.services.tokens import TokenVerifier
@@ -80,6 +82,7 @@ class Core:
     changes: Changes
     metrics: Metrics
     jwks: JwksCache
+    queue: Queue
     tracing: Tracing | None = None
 
     async def close(self) -> None:
@@ -167,7 +170,7 @@ def compose(
         sync=sync,
         bus=bus,
     )
-    return Core(services, bus, keyring, changes, metrics, jwks, tracing)
+    return Core(services, bus, keyring, changes, metrics, jwks, Queue(store, clock, ids), tracing)
 
 
 def _tracing(config: Config) -> Tracing | None:
@@ -337,6 +340,34 @@ def _forgetter(apps: Apps, access: AccessService, sync: Sync) -> Callable[[Notic
     return listen
 
 
+@dataclass(slots=True, frozen=True)
+class Jobs:
+    """What happens behind the scenes: events become jobs, and jobs are done."""
+
+    relay: Relay
+    worker: Worker
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        tasks = Tasks("jobs")
+        try:
+            await asyncio.wait(
+                {tasks.spawn(self.relay.run(), "relay"), tasks.spawn(self.worker.run(), "worker")},
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            await tasks.close()
+
+
+def jobs(core: Core, *, pressure: bool) -> Jobs:
+    """Everything that is done behind the scenes. `pressure`: beside people's messages, for which it makes room."""
+    services = core.services
+    readers: list[Reader] = []
+    kinds: list[Kind] = []
+    worker = Worker(core.queue, kinds, services.clock, core.metrics, pressure=Pressure() if pressure else None)
+    return Jobs(Relay(services.store, readers, core.bus, services.clock, core.metrics, wake=worker.wake), worker)
+
+
 class Server:
     """One node: core, gateway and HTTP on one port."""
 
@@ -416,7 +447,8 @@ class Server:
                 loop.add_signal_handler(number, stop.set)
         self.gateway.start()
         receipts = self._tasks.spawn(self.core.services.receipts.run(), "receipts")
-        self._tasks.spawn(trim_outbox(self.core.services.store), "outbox")
+        if config.jobs:
+            self._tasks.spawn(jobs(self.core, pressure=True).run(), "jobs")
         self._tasks.spawn(
             probe_store(self.core.services.store, self.core.metrics, self.core.services.clock), "store's health"
         )

@@ -35,6 +35,9 @@ app.command(f"{_COMMANDS}.demo:demo", name="demo", group=_RUN, help="Watch two p
 app.command(
     f"{_COMMANDS}.cluster:cluster", name="cluster", group=_RUN, help="Run a real cluster here: PostgreSQL, NATS, nodes."
 )
+app.command(
+    f"{_COMMANDS}.worker:worker", name="worker", group=_RUN, help="Do webhooks, push and housekeeping, without serving."
+)
 app.command(f"{_COMMANDS}.admin:app", name="app", group=_APPS, help="Apps: the tenants of this server.")
 app.command(f"{_COMMANDS}.admin:key", name="key", group=_APPS, help="API keys, with which a backend calls.")
 app.command(f"{_COMMANDS}.admin:user", name="user", group=_APPS, help="Users of an app.")

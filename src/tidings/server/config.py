@@ -300,6 +300,14 @@ class Config:
         why="Whoever can reach the page can use it, which is right on one's own machine.",
     )
 
+    # Jobs
+    jobs: bool = _setting(
+        True,
+        "Whether the server itself does what happens behind the scenes: webhooks, push, housekeeping. Off: processes "
+        "started with `tidings worker` do.",
+        why="One process is easiest to run; many deliveries deserve cores of their own.",
+    )
+
     # Connections
     connections_max: int = _setting(
         20_000,

@@ -405,6 +405,19 @@ class Metrics(Collector):
         self.bus_round_trip = self._gauge("bus_round_trip_seconds", "From this node to the bus and back, last time.")
         self.bus_healed = self._counter("bus_healed_total", "Streams whose growth was found in the store, not heard.")
 
+        # Jobs
+        self.jobs_ended = self._counters(
+            "jobs_ended_total", "Jobs by how they ended: done, again, failed, dead.", "kind", "outcome"
+        )
+        self.job_seconds = self._histograms("job_seconds", "From a claim to its end.", _SECONDS, "kind")
+        self.jobs_waiting = self._gauges("jobs_waiting", "Jobs in the queue that nobody is doing.", "kind")
+        self.jobs_dead = self._gauges("jobs_dead", "Jobs that were given up.", "kind")
+        self.jobs_overdue = self._gauges(
+            "jobs_overdue_seconds", "How long the oldest due job has been waiting.", "kind"
+        )
+        self.jobs_share = self._gauge("jobs_share", "How much of their room jobs get: less while the loop is busy.")
+        self.outbox_rows = self._counter("outbox_rows_total", "Events that were handed from the outbox to jobs.")
+
         # REST
         self.rest_requests = self._counters("rest_requests_total", "Requests answered.", "route", "status")
         self.rest_seconds = self._histograms("rest_request_seconds", "Time to answer.", _SECONDS, "route")

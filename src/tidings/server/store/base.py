@@ -56,6 +56,12 @@ class Tx(Protocol):
         them, too: ` FOR KEY SHARE`, or nothing where writers queue."""
         ...
 
+    @property
+    def claiming(self) -> str:
+        """What to put behind a SELECT that takes rows which nobody else is taking: ` FOR UPDATE SKIP LOCKED`, or
+        nothing where writers queue."""
+        ...
+
     async def all(self, sql: str, *args: Any) -> list[Row]:
         """Every row of the query."""
         ...

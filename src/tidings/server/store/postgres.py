@@ -121,6 +121,7 @@ class PostgresTx:
     __slots__ = ("_took",)
     for_update = " FOR UPDATE"
     for_key_share = " FOR KEY SHARE"
+    claiming = " FOR UPDATE SKIP LOCKED"
 
     def __init__(self, took: Callable[[int, int], None] | None = None) -> None:
         self._took = took

@@ -49,6 +49,7 @@ class SqliteTx:
     # One writer at a time, by SQLite's write lock.
     for_update = ""
     for_key_share = ""
+    claiming = ""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._execute = connection.execute

@@ -494,8 +494,8 @@ webhook_deliveries = Table(
     sqlite_with_rowid=False,
 )
 
-# How an app reaches a push provider. `sealed`: its credentials, item `push:` + id, under the app key. `status`: enabled,
-# disabled, misconfigured, then `error` says what the provider answered.
+# How an app reaches a push provider. `sealed`: its credentials, item `push:` + id, under the app key. `status`:
+# enabled, disabled, misconfigured, then `error` says what the provider answered.
 push_providers = Table(
     "push_providers",
     metadata,
@@ -544,8 +544,8 @@ notification_preferences = Table(
     sqlite_with_rowid=False,
 )
 
-# What became of a message's pushes, one row per decision and per attempt, kept for some days. `device` empty: the user as
-# a whole; `user` empty: the channel as a whole.
+# What became of a message's pushes, one row per decision and per attempt, kept for some days. `device` empty: the
+# user as a whole; `user` empty: the channel as a whole.
 push_log = Table(
     "push_log",
     metadata,
