@@ -4,7 +4,7 @@ written."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 
@@ -138,6 +138,31 @@ async def test_running_it_takes_what_is_put_and_gives_back_what_it_could_not_end
     await asyncio.wait({running})
     (job,) = await desk.claim()
     assert (job.key, job.attempts) == ("stuck", 1)
+
+
+async def test_a_worker_that_is_woken_for_nothing_waits_again(desk: Desk) -> None:
+    asked = 0
+    real = desk.queue.next_due
+
+    async def next_due(kinds: Sequence[str]) -> int | None:
+        nonlocal asked
+        asked += 1
+        return await real(kinds)
+
+    desk.queue.next_due = next_due  # type: ignore[method-assign]
+    tasks = Tasks("test")
+    workers = [desk.worker(), Worker(desk.queue, [], desk.clock, desk.metrics)]
+    for worker in workers:
+        tasks.spawn(worker.run(), "worker")
+        worker.wake()
+    began = SystemClock().monotonic()
+
+    async def a_while_later() -> bool:
+        return SystemClock().monotonic() - began > 0.3
+
+    await until(a_while_later)
+    await tasks.close()
+    assert asked < 20
 
 
 async def test_several_workers_do_everything_once(desk: Desk) -> None:

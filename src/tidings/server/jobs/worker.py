@@ -164,13 +164,15 @@ class Worker:
             self._tasks.spawn(self._feel_for_ever(self._pressure), "pressure")
         try:
             while True:
+                # Before looking: what is put from here on wakes us again.
+                self._wake.clear()
                 try:
                     claimed = await self._claim()
                     pause = 0.0 if claimed else await self._pause()
                 except StoreUnavailable:
                     pause = POLL_SECONDS
-                if pause:
-                    await self._wait(pause)
+                # Others have their turn in between, also where the store answers without waiting.
+                await self._wait(pause) if pause else await asyncio.sleep(0)
         finally:
             await self._close()
 
@@ -203,7 +205,6 @@ class Worker:
                 wanted[kind.name] = min(free, CLAIM_MAX)
         if not wanted:
             return 0
-        self._wake.clear()
         due = await self._queue.next_due(list(wanted))
         if due is None or due > self._clock.now_ms():
             return 0

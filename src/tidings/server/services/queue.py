@@ -207,7 +207,10 @@ class Queue:
                     now + lease_ms,
                     *(row[0] for row in rows),
                 )
-            return [Job(*row[:6], attempts=row[6] + 1, payload=row[7], created_at=row[8], lease=lease) for row in rows]
+            return [
+                Job(id, app, kind, key, priority, due_at, attempts + 1, payload, created_at, lease)
+                for id, app, kind, key, priority, due_at, attempts, payload, created_at in rows
+            ]
 
         return await self._store.run(unit)
 

@@ -102,7 +102,7 @@ class Shape:
         self.blobs = [at for at, column in enumerate(table.columns) if isinstance(column.type, LargeBinary)]
         # The column that PostgreSQL would number by itself, if there is one.
         first = next(iter(table.primary_key))
-        alone = len(self.key) == 1 and isinstance(first.type, BigInteger | Integer)
+        alone = len(self.key) == 1 and isinstance(first.type, BigInteger | Integer) and first.autoincrement
         self.serial = first.name if alone else None
         self.texts = [column.name for column in table.columns if _storage(column.type) == "text"]
         self._types = {column.name: (_storage(column.type), bool(column.nullable)) for column in table.columns}
