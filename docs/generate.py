@@ -69,6 +69,7 @@ WORDS = {
     Permission.ROLE_MANAGE: "Define roles and relations",
     Permission.KEY_MANAGE: "Make and revoke API keys, signing keys and identity providers",
     Permission.AUDIT_READ: "Read the audit trail",
+    Permission.JOB_MANAGE: "See what is done behind the scenes, and have what was given up tried again",
 }
 
 SCOPES = {

@@ -88,6 +88,10 @@ ROWS: dict[str, Row] = {
     "app.put_relation": app(BACKEND, (404, 403), body={"kind": "panel", "user": "member", "other": "outsider"}),
     "app.delete_relation": app(ADMIN, (404, 403), query={"kind": "panel", "user": "owner", "other": "target"}),
     "app.audit": app(ADMIN),
+    "jobs.list": app(ADMIN),
+    "jobs.retry_all": app(ADMIN, body={}),
+    "jobs.retry": app(ADMIN, (404, 403)),
+    "jobs.drop": app(ADMIN, (404, 403)),
     # Users. Everybody in the app may read profiles; some act on others.
     "users.create": app(ADMIN, (201, 403), body={"id": "new"}),
     "users.upsert": app(ADMIN, body={"users": [{"id": "target", "name": "T"}]}),
@@ -192,6 +196,13 @@ class Stage:
                 if op == "app.delete_provider":
                     body = {"jwks_url": "https://id.example.com/jwks"}
                     values["provider"] = (await world.ok("backend", "POST", "/v1/app/identity-providers", body))["id"]
+            case "jobs.retry" | "jobs.drop":
+                await world.execute("DELETE FROM jobs WHERE id=42")
+                await world.execute(
+                    "INSERT INTO jobs(id,app,kind,key,due_at,created_at,dead_at)"
+                    " SELECT 42,app,'work','a',1,1,1 FROM apps WHERE id='clinic'"
+                )
+                values["job"] = "job_42"
             case "users.remove_device":
                 await world.execute(
                     "INSERT INTO devices(app,user,id,created_at,last_seen_at) SELECT app,?,'phone',1,1 FROM apps"

@@ -13,29 +13,14 @@ import httpx
 from litestar import Litestar
 
 from tests.postgres import open_store
-from tidings.server.bus.base import AccessChanged, Notice
+from tidings.server.app import compose
 from tidings.server.bus.local import LocalBus
 from tidings.server.clock import Ids, ManualClock
 from tidings.server.config import Config
 from tidings.server.crypto.keyfile import KeyFile
 from tidings.server.crypto.keyring import Keyring
-from tidings.server.domain.netguard import OutboundPolicy
-from tidings.server.outbound import GuardedClient
 from tidings.server.rest import create_rest_app
 from tidings.server.services import Services
-from tidings.server.services.access import AccessService
-from tidings.server.services.admin import Admin
-from tidings.server.services.apps import Apps
-from tidings.server.services.auth import Auth
-from tidings.server.services.change import Changes
-from tidings.server.services.channels import Channels
-from tidings.server.services.jwks import JwksCache
-from tidings.server.services.members import Members
-from tidings.server.services.messages import Messages
-from tidings.server.services.receipts import Receipts
-from tidings.server.services.sync import Sync
-from tidings.server.services.tokens import TokenVerifier
-from tidings.server.services.users import Users
 from tidings.server.store.base import Tx
 from tidings.server.telemetry import Metrics
 
@@ -115,36 +100,9 @@ async def open_world(path: Path, **settings: Any) -> AsyncIterator[World]:
     keyring = Keyring(KeyFile(path / "root.key"))
     store = await open_store(path)
     bus = LocalBus()
-    changes = Changes(store, bus)
-    apps = Apps(store, keyring)
-    access = AccessService(store, apps, keyring, changes)
-
-    def forget(notice: Notice) -> None:
-        if isinstance(notice, AccessChanged) and notice.channel is None and notice.user is None:
-            apps.forget(notice.app)
-        access.heard(notice)
-
-    bus.listen(forget)
-    policy = OutboundPolicy()
-    users = Users(store, apps, changes, clock, ids)
-    jwks = JwksCache(GuardedClient(policy), monotonic=clock.monotonic)
-    auth = Auth(store, apps, changes, users, TokenVerifier(clock, jwks), bus, clock, ids)
-    services = Services(
-        store=store,
-        clock=clock,
-        ids=ids,
-        apps=apps,
-        access=access,
-        auth=auth,
-        admin=Admin(store, apps, changes, keyring, clock, ids, policy),
-        users=users,
-        channels=Channels(store, apps, access, changes, clock, ids),
-        members=Members(store, apps, access, changes, clock, ids),
-        messages=Messages(store, access, bus, clock, ids),
-        receipts=Receipts(store, access, bus, clock),
-        sync=Sync(store, access, keyring, bus, clock),
-    )
     metrics = Metrics()
+    core = compose(config, store=store, bus=bus, keyring=keyring, clock=clock, ids=ids, metrics=metrics)
+    services = core.services
     world: World
     rest = create_rest_app(services, config, metrics=metrics, draining=lambda: world.draining)
     transport = httpx.ASGITransport(rest, raise_app_exceptions=True)
@@ -159,6 +117,4 @@ async def open_world(path: Path, **settings: Any) -> AsyncIterator[World]:
         try:
             yield world
         finally:
-            await auth.close()
-            await jwks.aclose()
-            await store.close()
+            await core.close()

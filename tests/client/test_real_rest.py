@@ -222,6 +222,11 @@ async def the_goodbyes(rest: Any) -> None:
     assert await all_of(rest.users.devices("ben")) == []
     await rest.users.delete("ann")
     assert (await rest.users.get("ann")).deleted_at is not None
+    assert await all_of(rest.app.jobs(state="dead", kind="webhook")) == []
+    assert await rest.app.retry_jobs(kind="webhook") == 0
+    for act in (rest.app.retry_job, rest.app.drop_job):
+        with pytest.raises(Refused, match="not_found"):
+            await act("job_7")
     actions = {one.action async for one in rest.app.audit()}
     assert actions >= {"app.updated", "key.revoked", "role.put"}
 

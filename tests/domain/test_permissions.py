@@ -83,6 +83,7 @@ app.update                .    .    .    x     .    .    .    .     .     .
 role.manage               .    .    .    x     .    .    .    .     .     .
 key.manage                .    .    .    .     .    .    .    .     .     .
 audit.read                .    .    .    x     .    .    .    .     .     .
+job.manage                .    .    .    x     .    .    .    .     .     .
 """
 
 LINES = {cells[0]: cells[1:] for cells in (line.split() for line in TABLE.splitlines()[2:])}

@@ -137,6 +137,10 @@ class SyncApp(Blocking[rest_module.AppRest]):
     put_relation = _wait(rest_module.AppRest.put_relation)
     delete_relation = _wait(rest_module.AppRest.delete_relation)
     audit = _iterate(rest_module.AppRest.audit)
+    jobs = _iterate(rest_module.AppRest.jobs)
+    retry_jobs = _wait(rest_module.AppRest.retry_jobs)
+    retry_job = _wait(rest_module.AppRest.retry_job)
+    drop_job = _wait(rest_module.AppRest.drop_job)
 
 
 class SyncUsers(Blocking[rest_module.UsersRest]):

@@ -39,6 +39,8 @@ from ..wire.resources import (
     Device,
     Head,
     IdentityProvider,
+    Job,
+    JobsRetried,
     Member,
     Message,
     MessageVersion,
@@ -412,6 +414,23 @@ class AppRest(_Noun):
     def audit(self) -> AsyncIterator[AuditEntry]:
         """Who did what to what, the newest first; never content."""
         return self._rest._list(AuditEntry, "/v1/app/audit")
+
+    def jobs(self, *, state: Literal["dead", "waiting"] = "dead", kind: str | None = None) -> AsyncIterator[Job]:
+        """What was given up behind the scenes, or what waits to be done, the oldest first."""
+        return self._rest._list(Job, "/v1/jobs", {"state": state, "kind": kind})
+
+    async def retry_jobs(self, *, kind: str | None = None) -> int:
+        """Have dead jobs tried again, those of a kind or all, at most 1,000; how many."""
+        body = requests.JobsRetry(kind=kind)
+        return (await self._rest._call(JobsRetried, "POST", "/v1/jobs/retry", body)).count
+
+    async def retry_job(self, id: str) -> None:
+        """Have a dead job tried again. Raises Refused (`not_found`)."""
+        await self._rest._call(JobsRetried, "POST", _path("jobs", id, "retry"))
+
+    async def drop_job(self, id: str) -> None:
+        """Give a dead job up for good. Raises Refused (`not_found`)."""
+        await self._rest._do("DELETE", _path("jobs", id))
 
 
 class UsersRest(_Noun):

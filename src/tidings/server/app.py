@@ -39,6 +39,7 @@ from tidings.server.services.apps import Apps
 from tidings.server.services.auth import Auth
 from tidings.server.services.change import Changes
 from tidings.server.services.channels import Channels
+from tidings.server.services.jobs import Jobs as JobsService
 from tidings.server.services.jwks import JwksCache
 from tidings.server.services.members import Members
 from tidings.server.services.messages import Messages
@@ -154,6 +155,7 @@ def compose(
     users = Users(store, apps, changes, clock, ids)
     jwks = JwksCache(lambda: _outbound_client(policy), monotonic=clock.monotonic)
     auth = Auth(store, apps, changes, users, TokenVerifier(clock, jwks), bus, clock, ids)
+    queue = Queue(store, clock, ids)
     services = Services(
         store=store,
         clock=clock,
@@ -168,9 +170,10 @@ def compose(
         messages=Messages(store, access, bus, clock, ids),
         receipts=Receipts(store, access, bus, clock),
         sync=sync,
+        jobs=JobsService(store, queue, clock, ids),
         bus=bus,
     )
-    return Core(services, bus, keyring, changes, metrics, jwks, Queue(store, clock, ids), tracing)
+    return Core(services, bus, keyring, changes, metrics, jwks, queue, tracing)
 
 
 def _tracing(config: Config) -> Tracing | None:

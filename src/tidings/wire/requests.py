@@ -189,6 +189,12 @@ class RelationPut(Request, frozen=True, kw_only=True):
     other: UserId
 
 
+class JobsRetry(Request, frozen=True, kw_only=True):
+    """Only jobs of this kind; without it, all of them."""
+
+    kind: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
+
+
 class ChannelTypePut(Request, frozen=True, kw_only=True):
     features: ChannelFeaturesInput = ChannelFeaturesInput()
     grants: dict[RoleName, list[str]] = {}

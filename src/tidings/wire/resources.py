@@ -344,6 +344,25 @@ class Token(Resource, frozen=True, kw_only=True):
     expires_at: Time
 
 
+class Job(Resource, frozen=True, kw_only=True):
+    """Work that is done behind the scenes. `attempts` were made, `error` is what the last one came to."""
+
+    id: str
+    kind: str
+    state: Literal["waiting", "dead"]
+    due_at: Time
+    attempts: int
+    error: str | None = None
+    created_at: Time
+    died_at: Time | None = None
+
+
+class JobsRetried(Resource, frozen=True, kw_only=True):
+    """How many dead jobs live again."""
+
+    count: int
+
+
 class AuditEntry(Resource, frozen=True, kw_only=True):
     id: str
     at: Time

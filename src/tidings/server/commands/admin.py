@@ -95,7 +95,7 @@ def create_app(name: str, /, *, id: str | None = None, where: Where = _HERE) -> 
             "signing_secret": new.signing_secret,
         }
 
-    _finish(where, _run(where, work), secret=True)
+    finish(where, run(where, work), secret=True)
 
 
 @app.command(name="list")
@@ -113,7 +113,7 @@ def list_apps(*, where: Where = _HERE) -> None:
             for id, name, created_at in await _apps(services)
         ]
 
-    _finish(where, _run(where, work), empty="There is no app yet: tidings app create NAME")
+    finish(where, run(where, work), empty="There is no app yet: tidings app create NAME")
 
 
 # ---------------------------------------------------------------- API keys
@@ -152,10 +152,10 @@ def create_key(
         if expires_in is not None:
             expires_at = datetime.now(UTC) + timedelta(seconds=seconds_of(expires_in))
         body = ApiKeyCreate(name=name, scopes=scope or ["*"], expires_at=expires_at)
-        made = await services.admin.create_api_key(await _backend(services, app), body)
+        made = await services.admin.create_api_key(await acting(services, app), body)
         return {"id": made.id, "name": made.name, "scopes": made.scopes, "api_key": made.secret}
 
-    _finish(where, _run(where, work), secret=True)
+    finish(where, run(where, work), secret=True)
 
 
 @key.command(name="list")
@@ -168,10 +168,10 @@ def list_keys(*, app: AppOption = None, where: Where = _HERE) -> None:
     """
 
     async def work(services: Services) -> list[dict[str, Any]]:
-        found = await services.admin.list_api_keys(await _backend(services, app))
+        found = await services.admin.list_api_keys(await acting(services, app))
         return [_key_row(item) for item in found]
 
-    _finish(where, _run(where, work), empty="The app has no API key.")
+    finish(where, run(where, work), empty="The app has no API key.")
 
 
 @key.command(name="revoke")
@@ -189,10 +189,10 @@ def revoke_key(id: str, /, *, app: AppOption = None, where: Where = _HERE) -> No
     """
 
     async def work(services: Services) -> dict[str, Any]:
-        await services.admin.revoke_api_key(await _backend(services, app), id)
+        await services.admin.revoke_api_key(await acting(services, app), id)
         return {"revoked": id}
 
-    _finish(where, _run(where, work))
+    finish(where, run(where, work))
 
 
 # ---------------------------------------------------------------- tokens
@@ -228,15 +228,15 @@ def mint_token(
     """
 
     async def work(services: Services) -> dict[str, Any]:
-        actor = await _backend(services, app)
+        actor = await acting(services, app)
         if create:
             await services.users.ensure(actor.app, user)
         made = await services.auth.mint(actor, user, seconds_of(ttl))
         return {"token": made.token, "user": user, "app": actor.app.id, "expires_at": _text(made.expires_at)}
 
-    done = _run(where, work)
+    done = run(where, work)
     if where.json:
-        _finish(where, done)
+        finish(where, done)
     else:
         sys.stdout.write(f"{done['token']}\n")
 
@@ -258,10 +258,10 @@ def revoke_tokens(*, user: str, jti: str | None = None, app: AppOption = None, w
     """
 
     async def work(services: Services) -> dict[str, Any]:
-        await services.auth.revoke(await _backend(services, app), user, jti)
+        await services.auth.revoke(await acting(services, app), user, jti)
         return {"revoked": "all tokens issued until now" if jti is None else jti, "user": user}
 
-    _finish(where, _run(where, work))
+    finish(where, run(where, work))
 
 
 # ---------------------------------------------------------------- users
@@ -290,10 +290,10 @@ def create_user(
     """
 
     async def work(services: Services) -> dict[str, Any]:
-        made = await services.users.create(await _backend(services, app), UserCreate(id=id, name=name, role=role))
+        made = await services.users.create(await acting(services, app), UserCreate(id=id, name=name, role=role))
         return _user_row(made)
 
-    _finish(where, _run(where, work))
+    finish(where, run(where, work))
 
 
 @user.command(name="list")
@@ -315,7 +315,7 @@ def list_users(
     """
 
     async def work(services: Services) -> list[dict[str, Any]]:
-        actor = await _backend(services, app)
+        actor = await acting(services, app)
         found: list[dict[str, Any]] = []
         cursor = None
         while len(found) < limit:
@@ -326,7 +326,7 @@ def list_users(
                 break
         return found
 
-    _finish(where, _run(where, work), empty="There is no such user.")
+    finish(where, run(where, work), empty="There is no such user.")
 
 
 @user.command(name="deactivate")
@@ -337,7 +337,7 @@ def deactivate_user(id: str, /, *, app: AppOption = None, where: Where = _HERE) 
 
         tidings user deactivate mallory
     """
-    _finish(where, _run(where, lambda services: _set_active(services, app, id, False)))
+    finish(where, run(where, lambda services: _set_active(services, app, id, False)))
 
 
 @user.command(name="reactivate")
@@ -348,11 +348,11 @@ def reactivate_user(id: str, /, *, app: AppOption = None, where: Where = _HERE) 
 
         tidings user reactivate mallory
     """
-    _finish(where, _run(where, lambda services: _set_active(services, app, id, True)))
+    finish(where, run(where, lambda services: _set_active(services, app, id, True)))
 
 
 async def _set_active(services: Services, app: str | None, id: str, active: bool) -> dict[str, Any]:
-    actor = await _backend(services, app)
+    actor = await acting(services, app)
     change = services.users.reactivate if active else services.users.deactivate
     return _user_row(await change(actor, id))
 
@@ -391,7 +391,7 @@ def migrate(*, plan: Annotated[bool, Parameter(negative="")] = False, where: Whe
         _fail(where, {"code": "unavailable", "detail": str(error)}, str(error))
     answer = {"database": name, "from": found.current or "none", "to": found.target, "steps": list(found.steps)}
     if where.json:
-        _finish(where, answer)
+        finish(where, answer)
     elif not found.steps:
         _console().print(f"{name} is at revision {found.target}: nothing to do.")
     else:
@@ -426,7 +426,9 @@ async def _opened(where: Where) -> AsyncIterator[Services]:
             yield core.services
 
 
-def _run(where: Where, work: Callable[[Services], Awaitable[T]]) -> T:
+def run(where: Where, work: Callable[[Services], Awaitable[T]]) -> T:
+    """Work on the data; what goes wrong is said, and ends the command."""
+
     async def inside() -> T:
         async with _opened(where) as services:
             return await work(services)
@@ -448,7 +450,8 @@ async def _apps(services: Services) -> list[tuple[str, str, int]]:
     return await services.store.read(unit)
 
 
-async def _backend(services: Services, app_id: str | None) -> Actor:
+async def acting(services: Services, app_id: str | None) -> Actor:
+    """Whoever is at the terminal, who may do everything. Raises Refusal if it is not clear in which app."""
     from tidings.server.services.access import Actor
 
     if app_id is None:
@@ -491,7 +494,7 @@ def _console(*, stderr: bool = False) -> Any:
     return Console(stderr=stderr, highlight=False)
 
 
-def _finish(where: Where, answer: Any, *, secret: bool = False, empty: str = "") -> None:
+def finish(where: Where, answer: Any, *, secret: bool = False, empty: str = "") -> None:
     """Show an answer: a document for scripts, a table for people."""
     if where.json:
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(answer), indent=2) + b"\n")

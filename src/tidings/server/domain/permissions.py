@@ -63,6 +63,7 @@ class Permission(StrEnum):
     ROLE_MANAGE = "role.manage"
     KEY_MANAGE = "key.manage"
     AUDIT_READ = "audit.read"
+    JOB_MANAGE = "job.manage"
 
 
 # A set of permissions as a bit mask: one machine word's worth of work to check on the hot path.
@@ -151,6 +152,7 @@ APP_ROLES: Final[dict[str, frozenset[Permission]]] = {
         P.APP_UPDATE,
         P.ROLE_MANAGE,
         P.AUDIT_READ,
+        P.JOB_MANAGE,
     },
 }
 

@@ -70,6 +70,18 @@ _EXAMPLES: Final[tuple[Any, ...]] = (
     resources.ChannelType(name="consultation", features=resources.ChannelFeatures(reactions=False), members_max=12),
     resources.Token(token="eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhbGljZSJ9.c2lnbmF0dXJl", expires_at=_LATER),  # noqa: S106
     resources.AuditEntry(id="au_1", at=_AT, actor="key:k7f3m2", action="key.created", target="key:k9"),
+    resources.Job(
+        id="job_42",
+        kind="webhook",
+        state="dead",
+        due_at=_AT,
+        attempts=12,
+        error="the host name does not resolve",
+        created_at=_AT,
+        died_at=_LATER,
+    ),
+    resources.JobsRetried(count=7),
+    requests.JobsRetry(kind="webhook"),
     requests.UserCreate(id="alice", name="Alice Ahmed", labels={"team": "ortho"}),
     requests.UsersUpsert(users=[requests.UserUpsert(id="alice", name="Alice Ahmed"), requests.UserUpsert(id="bob")]),
     requests.UserUpdate(name="Alice A. Ahmed", custom={"pronouns": "she/her"}),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .apps import Apps
     from .auth import Auth
     from .channels import Channels
+    from .jobs import Jobs
     from .members import Members
     from .messages import Messages
     from .receipts import Receipts
@@ -39,4 +40,5 @@ class Services:
     messages: Messages
     receipts: Receipts
     sync: Sync
+    jobs: Jobs
     bus: Bus | None = None
