@@ -241,6 +241,19 @@ class ApartContract(BusContract):
         c.answer_online(lambda app, user: True)
         assert await c.online(APP, ["carol.x"]) == set()
 
+    async def test_the_devices_of_a_user_are_found_on_every_node(self, site: BusSite) -> None:
+        a, b, c = await site.open(), await site.open(), await site.open()
+        for bus in (a, b, c):
+            for user in ("both", "own"):
+                bus.attend(APP, user)
+            await bus.settle()
+        a.answer_devices(lambda app, user: ["laptop"] if (app, user) == (APP, "own") else [])
+        b.answer_devices(lambda app, user: ["phone", "watch"] if (app, user) == (APP, "both") else [])
+        c.answer_devices(lambda app, user: ["tablet"] if (app, user) == (APP, "both") else [])
+        found = {("own", "laptop"), ("both", "phone"), ("both", "watch"), ("both", "tablet")}
+        assert await a.connected_devices(APP, ["both", "own", "nobody"]) == found
+        assert await a.connected_devices(2, ["both", "own"]) == set()
+
     async def test_many_who_are_offline_cost_one_round_trip(self, site: BusSite) -> None:
         a, _ = await site.open(), await site.open()
         began = asyncio.get_running_loop().time()

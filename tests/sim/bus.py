@@ -66,6 +66,7 @@ class SimBus:
         # What the others know of what is wanted here: it takes time until they do.
         self._known: set[tuple[object, ...]] = set()
         self._shown: Callable[[int, str], bool] = lambda app, user: False
+        self._devices: Callable[[int, str], list[str]] = lambda app, user: []
         self._answers: dict[str, Callable[[bytes], Awaitable[bytes]]] = {}
         # When the last notice of each other node comes.
         self._heard_at: dict[str, float] = {}
@@ -171,6 +172,14 @@ class SimBus:
 
     def answer_online(self, shown: Callable[[int, str], bool]) -> None:
         self._shown = shown
+
+    async def connected_devices(self, app: int, users: Iterable[str]) -> set[tuple[str, str]]:
+        await asyncio.sleep(self._network.travel())
+        buses = [bus for bus in self._network.buses.values() if bus is self or (bus.connected and self.connected)]
+        return {(user, device) for bus in buses for user in users for device in bus._devices(app, user)}
+
+    def answer_devices(self, devices: Callable[[int, str], list[str]]) -> None:
+        self._devices = devices
 
     async def request(self, node: str, topic: str, payload: bytes, seconds: float) -> bytes:
         await asyncio.sleep(self._network.travel())

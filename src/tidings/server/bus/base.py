@@ -218,6 +218,15 @@ class Bus(Protocol):
         """Answer what `online` asks on other nodes about users that this one attends to."""
         ...
 
+    async def connected_devices(self, app: int, users: Iterable[str]) -> set[tuple[str, str]]:
+        """(user, device) of every device that is connected, on any node, this one included. Best effort; returns within
+        a bounded time."""
+        ...
+
+    def answer_devices(self, devices: Callable[[int, str], list[str]]) -> None:
+        """Answer which devices of a user are connected to this node."""
+        ...
+
     async def request(self, node: str, topic: str, payload: bytes, seconds: float) -> bytes:
         """Ask one node something. Raises Unreachable when there is no such node or it takes longer than `seconds`."""
         ...

@@ -18,6 +18,7 @@ class LocalBus:
     def __init__(self) -> None:
         self._listeners = Listeners()
         self._of = self._listeners.of
+        self._devices: Callable[[int, str], list[str]] = lambda app, user: []
 
     def publish(self, notice: Notice) -> None:
         for listener in self._of[type(notice)]:
@@ -52,6 +53,12 @@ class LocalBus:
 
     def answer_online(self, shown: Callable[[int, str], bool]) -> None:
         pass
+
+    async def connected_devices(self, app: int, users: Iterable[str]) -> set[tuple[str, str]]:
+        return {(user, device) for user in users for device in self._devices(app, user)}
+
+    def answer_devices(self, devices: Callable[[int, str], list[str]]) -> None:
+        self._devices = devices
 
     async def request(self, node: str, topic: str, payload: bytes, seconds: float) -> bytes:
         raise Unreachable(node)

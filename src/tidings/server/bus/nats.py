@@ -76,10 +76,12 @@ _ENVELOPE_BYTES: Final = 256
 
 
 class _Asked(msgspec.Struct, frozen=True, array_like=True):
-    """Is the user shown as online?"""
+    """Is the user shown as online, or (`devices`) which of their devices are connected? Nodes that do not know the second
+    question answer the first."""
 
     app: int
     user: str
+    devices: bool = False
 
 
 class _Request(msgspec.Struct, frozen=True, array_like=True):
@@ -89,6 +91,7 @@ class _Request(msgspec.Struct, frozen=True, array_like=True):
 
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode: Final = msgspec.msgpack.Decoder(Notice).decode
+_decode_devices: Final = msgspec.msgpack.Decoder(list[str]).decode
 _decode_asked: Final = msgspec.msgpack.Decoder(_Asked).decode
 _decode_request: Final = msgspec.msgpack.Decoder(_Request).decode
 
@@ -175,6 +178,7 @@ class NatsBus:
         # What waits for an answer, by the last word of the inbox: called with the data, None for "nobody is there".
         self._waiting: dict[bytes, Callable[[bytes | None], None]] = {}
         self._shown: Callable[[int, str], bool] = lambda app, user: False
+        self._devices: Callable[[int, str], list[str]] = lambda app, user: []
         self._topics: dict[str, Callable[[bytes], Awaitable[bytes]]] = {}
         self._tasks = Tasks("bus")
         # Whether something was dropped that others were to hear, since they were last told so.
@@ -333,7 +337,10 @@ class NatsBus:
             asked = _decode_asked(data)
         except (msgspec.DecodeError, msgspec.ValidationError):
             return
-        self._link.publish(reply, b"1" if self._shown(asked.app, asked.user) else b"0")
+        if asked.devices:
+            self._link.publish(reply, _encode(self._devices(asked.app, asked.user)))
+        else:
+            self._link.publish(reply, b"1" if self._shown(asked.app, asked.user) else b"0")
 
     async def online(self, app: int, users: Iterable[str]) -> set[str]:
         found: set[str] = set()
@@ -370,6 +377,49 @@ class NatsBus:
                 pass
             finally:
                 for word in open_questions:
+                    self._waiting.pop(word, None)
+
+    def answer_devices(self, devices: Callable[[int, str], list[str]]) -> None:
+        self._devices = devices
+
+    async def connected_devices(self, app: int, users: Iterable[str]) -> set[tuple[str, str]]:
+        wanted = list(users)
+        found = {(user, device) for user in wanted for device in self._devices(app, user)}
+        for start in range(0, len(wanted), ONLINE_USERS_MAX):
+            await self._ask_devices(app, wanted[start : start + ONLINE_USERS_MAX], found)
+        return found
+
+    async def _ask_devices(self, app: int, users: list[str], found: set[tuple[str, str]]) -> None:
+        words: set[bytes] = set()
+        silent = asyncio.Event()
+
+        def heard(word: bytes, user: str, data: bytes | None) -> None:
+            if data is None:
+                # No node has sessions of theirs. Any other answer may be one of several.
+                self._waiting.pop(word, None)
+                words.discard(word)
+                if not words:
+                    silent.set()
+                return
+            try:
+                found.update((user, device) for device in _decode_devices(data))
+            except (msgspec.DecodeError, msgspec.ValidationError):
+                return
+
+        for user in users:
+            word = b"%d" % next(self._serial)
+            asked = _encode(_Asked(app, user, True))
+            if self._link.publish(self._user_subject(app, user), asked, self._inbox + word):
+                words.add(word)
+                self._waiting[word] = lambda data, word=word, user=user: heard(word, user, data)  # type: ignore[misc]
+        if words:
+            try:
+                async with asyncio.timeout(ONLINE_SECONDS):
+                    await silent.wait()
+            except TimeoutError:
+                pass
+            finally:
+                for word in words:
                     self._waiting.pop(word, None)
 
     def _answered(self, subject: bytes, reply: bytes, data: bytes, nobody: bool) -> None:

@@ -159,6 +159,7 @@ class Gateway:
         self.presence = PresenceBoard(
             services.store, self.hub, bus, clock, self.tasks, grace_seconds=config.presence_grace_seconds
         )
+        bus.answer_devices(lambda app, user: [peer.device for peer in self.hub.peers_of(app, user) if peer.device])
         self.connections: set[Connection] = set()
         self.by_address: dict[str, int] = {}
         # Sessions without a socket, by id.
