@@ -76,8 +76,8 @@ _ENVELOPE_BYTES: Final = 256
 
 
 class _Asked(msgspec.Struct, frozen=True, array_like=True):
-    """Is the user shown as online, or (`devices`) which of their devices are connected? Nodes that do not know the second
-    question answer the first."""
+    """Is the user shown as online, or (`devices`) which of their devices are connected? Nodes that do not know the
+    second question answer the first."""
 
     app: int
     user: str
