@@ -70,6 +70,7 @@ WORDS = {
     Permission.KEY_MANAGE: "Make and revoke API keys, signing keys and identity providers",
     Permission.AUDIT_READ: "Read the audit trail",
     Permission.JOB_MANAGE: "See what is done behind the scenes, and have what was given up tried again",
+    Permission.TRACE_READ: "See what became of a message, on which device and by which push, without what it says",
 }
 
 SCOPES = {

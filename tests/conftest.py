@@ -15,6 +15,7 @@ ON_BOTH = frozenset(
         "jobs/test_worker.py",
         "jobs/test_relay.py",
         "services/test_messages.py",
+        "services/test_trace.py",
         "services/test_receipts.py",
         "services/test_counting.py",
         "services/test_members_role.py",

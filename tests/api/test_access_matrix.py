@@ -132,6 +132,8 @@ ROWS: dict[str, Row] = {
     "messages.react": channel(INSIDE, wrong=BACKEND | NARROW, body={"emoji": "👍"}, foreign=(422, 404)),
     "messages.unreact": channel(INSIDE, wrong=BACKEND | NARROW, foreign=(422, 404)),
     "messages.unreact_any": channel(INSIDE, wrong=BACKEND | NARROW, query={"emoji": "👍"}, foreign=(422, 404)),
+    # Who runs the app may follow a message without reading it.
+    "messages.trace": app(ADMIN, (404, 403)),
     # Positions.
     "receipts.read": channel(INSIDE, wrong=BACKEND, body={"seq": 1}),
     "receipts.mark_unread": channel(INSIDE, wrong=BACKEND, body={"seq": 1}),

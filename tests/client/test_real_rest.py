@@ -186,6 +186,8 @@ async def the_messages(rest: Any, ann: Any, ben: Any) -> None:
     assert await ben.messages.unreact("ward", sent.id, "👍") == second.seq + 3
     assert await ann.messages.delete("ward", sent.id) == second.seq + 4
     assert (await ben.messages.get("ward", sent.id)).deleted_at is not None
+    traced = await rest.messages.trace("ward", sent.id, user="ben")
+    assert (traced.seq, [one.user for one in traced.recipients]) == (sent.seq, ["ben"])
     # What its author took back, its author can no longer read; whoever may read versions still can.
     with pytest.raises(Refused) as refused:
         await all_of(ann.messages.versions("ward", sent.id))

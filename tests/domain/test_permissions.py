@@ -84,6 +84,7 @@ role.manage               .    .    .    x     .    .    .    .     .     .
 key.manage                .    .    .    .     .    .    .    .     .     .
 audit.read                .    .    .    x     .    .    .    .     .     .
 job.manage                .    .    .    x     .    .    .    .     .     .
+trace.read                .    .    .    x     .    .    .    .     .     .
 """
 
 LINES = {cells[0]: cells[1:] for cells in (line.split() for line in TABLE.splitlines()[2:])}

@@ -190,6 +190,7 @@ class SyncMessages(Blocking[rest_module.MessagesRest]):
     edit = _wait(rest_module.MessagesRest.edit)
     delete = _wait(rest_module.MessagesRest.delete)
     versions = _iterate(rest_module.MessagesRest.versions)
+    trace = _wait(rest_module.MessagesRest.trace)
     react = _wait(rest_module.MessagesRest.react)
     unreact = _wait(rest_module.MessagesRest.unreact)
 

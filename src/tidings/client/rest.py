@@ -54,6 +54,7 @@ from ..wire.resources import (
     UnreadTotal,
     User,
 )
+from ..wire.trace import MessageTrace
 from .backoff import FullJitter
 from .errors import NotConnected, OutcomeUnknown, ProtocolError
 from .events import Event, decode_event
@@ -772,6 +773,13 @@ class MessagesRest(_Noun):
         none.
         """
         return self._rest._list(MessageVersion, _path("channels", channel, "messages", id, "versions"))
+
+    async def trace(self, channel: str, id: str, *, user: str | None = None, limit: int = 50) -> MessageTrace:
+        """What became of a message: which devices have it, which pushes left or did not and why, what webhooks
+        answered; of the first `limit` members, or of one. It takes `trace.read` and shows nothing that was said."""
+        return await self._rest._get(
+            MessageTrace, _path("channels", channel, "messages", id, "trace"), user=user, limit=limit
+        )
 
     async def react(self, channel: str, id: str, emoji: str) -> int | None:
         """Add the user's reaction. Answers the seq of the change, None when it was there already."""

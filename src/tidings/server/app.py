@@ -47,6 +47,7 @@ from tidings.server.services.queue import Queue
 from tidings.server.services.receipts import Receipts
 from tidings.server.services.sync import Sync
 from tidings.server.services.tokens import TokenVerifier
+from tidings.server.services.trace import Trace
 from tidings.server.services.users import Users
 from tidings.server.store.base import Store
 from tidings.server.store.sqlite import SqliteStore
@@ -171,6 +172,7 @@ def compose(
         receipts=Receipts(store, access, bus, clock),
         sync=sync,
         jobs=JobsService(store, queue, clock, ids),
+        trace=Trace(store, bus),
         bus=bus,
     )
     return Core(services, bus, keyring, changes, metrics, jwks, queue, tracing)

@@ -49,6 +49,7 @@ app.command(
 )
 app.command(f"{_COMMANDS}.keys:app", name="keys", group=_OPERATE, help="Encryption keys: list and rotate.")
 app.command(f"{_COMMANDS}.jobs:app", name="jobs", group=_OPERATE, help="What was given up behind the scenes.")
+app.command(f"{_COMMANDS}.trace:trace", name="trace", group=_OPERATE, help="Where is my message?")
 app.command(f"{_COMMANDS}.admin:migrate", name="migrate", group=_OPERATE, help="Bring the schema up to this version.")
 app.command(f"{_COMMANDS}.transfer:transfer", name="transfer", group=_OPERATE, help="Move from SQLite to PostgreSQL.")
 app.command(f"{_COMMANDS}.doctor:doctor", name="doctor", group=_OPERATE, help="Look for what will go wrong.")

@@ -64,6 +64,7 @@ class Permission(StrEnum):
     KEY_MANAGE = "key.manage"
     AUDIT_READ = "audit.read"
     JOB_MANAGE = "job.manage"
+    TRACE_READ = "trace.read"
 
 
 # A set of permissions as a bit mask: one machine word's worth of work to check on the hot path.
@@ -153,6 +154,7 @@ APP_ROLES: Final[dict[str, frozenset[Permission]]] = {
         P.ROLE_MANAGE,
         P.AUDIT_READ,
         P.JOB_MANAGE,
+        P.TRACE_READ,
     },
 }
 

@@ -7,7 +7,7 @@ from typing import Any, Final, get_args, get_origin
 
 import msgspec
 
-from tidings.wire import replies, requests, resources
+from tidings.wire import replies, requests, resources, trace
 
 _AT: Final = datetime(2026, 3, 14, 9, 26, 53, 589_000, UTC)
 _LATER: Final = datetime(2026, 3, 14, 10, 0, tzinfo=UTC)
@@ -81,6 +81,38 @@ _EXAMPLES: Final[tuple[Any, ...]] = (
         died_at=_LATER,
     ),
     resources.JobsRetried(count=7),
+    trace.MessageTrace(
+        message="m_01J9ZQ4T8V6N2R5C7XKDMBWEHY",
+        channel="ch_7f3k",
+        seq=42,
+        sender="alice",
+        accepted_at=_AT,
+        members=2,
+        recipients=[
+            trace.TracedRecipient(
+                user="bob",
+                delivered=False,
+                read=False,
+                devices=[trace.TracedDevice(id="phone-1", platform="ios", position=41, push_tokens=["apns"])],
+                push=[
+                    trace.TracedPush(at=_AT, device="phone-1", outcome="accepted", reason="sent", provider="apns"),
+                ],
+            )
+        ],
+        webhooks=[
+            trace.TracedDelivery(
+                webhook="wh_1",
+                id="dl_1",
+                message="msg_7f3k",
+                type="message.created",
+                at=_AT,
+                attempt=1,
+                outcome="delivered",
+                status=204,
+                milliseconds=38,
+            )
+        ],
+    ),
     requests.JobsRetry(kind="webhook"),
     requests.UserCreate(id="alice", name="Alice Ahmed", labels={"team": "ortho"}),
     requests.UsersUpsert(users=[requests.UserUpsert(id="alice", name="Alice Ahmed"), requests.UserUpsert(id="bob")]),

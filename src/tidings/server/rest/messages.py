@@ -11,12 +11,13 @@ from tidings.server.errors import Refusal
 from tidings.server.services.messages import Draft, Edit
 from tidings.wire import limits
 from tidings.wire.codec import encode
-from tidings.wire.ids import Emoji, Seq, time_of
+from tidings.wire.ids import Emoji, Seq, UserId, time_of
 from tidings.wire.replies import Changed, HistoryPage, Page, SentMessage
 from tidings.wire.requests import MessageEdit, MessageSend, ReactionAdd
 from tidings.wire.resources import Message, MessageVersion
+from tidings.wire.trace import MessageTrace
 
-from .operation import JSON_TYPE, Call, Operation, PageSize, Query, Reply, json_reply, operation
+from .operation import JSON_TYPE, Call, Operation, PageSize, Paging, Query, Reply, json_reply, operation
 
 _KEY: Final = re.compile(rf"^[\x21-\x7e]{{1,{limits.KEY_LENGTH_MAX}}}\Z")
 _CHANNEL: Final = "/v1/channels/{channel}/messages"
@@ -273,4 +274,18 @@ async def unreact_any(call: Call[UnreactQuery, None]) -> Changed:
     return Changed(seq=seq)
 
 
-OPERATIONS: Final = (history, get, replies, edit, delete, versions, react, unreact, unreact_any)
+class TraceQuery(Paging, frozen=True, kw_only=True):
+    user: Annotated[UserId, Meta(description="Only this member")] | None = None
+
+
+@operation("messages.trace", "GET", _MESSAGE + "/trace", "Trace a message", reply=MessageTrace, query=TraceQuery)
+async def trace(call: Call[TraceQuery, None]) -> MessageTrace:
+    """What became of it: which devices have it, which pushes left or did not and why, what webhooks answered. For those
+    with `trace.read`, who need not be able to read it; nothing that was said is shown."""
+    query = call.query
+    return await call.services.trace.message(
+        call.actor, call.path["message"], call.path["channel"], user=query.user, limit=query.limit, cursor=query.cursor
+    )
+
+
+OPERATIONS: Final = (history, get, replies, edit, delete, versions, react, unreact, unreact_any, trace)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .messages import Messages
     from .receipts import Receipts
     from .sync import Sync
+    from .trace import Trace
     from .users import Users
 
 
@@ -41,4 +42,5 @@ class Services:
     receipts: Receipts
     sync: Sync
     jobs: Jobs
+    trace: Trace
     bus: Bus | None = None
