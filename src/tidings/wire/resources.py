@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from . import limits
 from .ids import Custom, Labels, Name, Time, ToldId, Url
+from .notifications import PushSettings
 
 # These are only ever told: what clients send is in `requests` and `commands`, and checked there.
 AppId: TypeAlias = ToldId
@@ -257,6 +258,7 @@ class AppSettings(Resource, frozen=True, kw_only=True):
         ),
     ] = "keep"
     last_seen: Annotated[bool, Meta(description="Show people who share a channel when someone was last online")] = True
+    push: Annotated[PushSettings, Meta(description="How the app wakes its users' devices")] = PushSettings()
 
 
 class ApiKey(Resource, frozen=True, kw_only=True):

@@ -61,6 +61,7 @@ from .audit import Action, Line, entry_of, line_id, line_of, lines_before
 from .change import Change, Changes
 from .founding import Founder, NewApp, check_id, check_name, insert_api_key, insert_signing_key, signing_item
 from .granting import check_held, check_room, check_words, lock_rules, role_mask, words_in_order
+from .notifications import check_push_settings
 from .paging import make_cursor, read_cursor
 from .signing import JwksSource, SigningKey
 
@@ -133,6 +134,7 @@ class Admin:
             check_name(update.name)
             changed["name"] = update.name
         if isinstance(update.settings, AppSettings):
+            check_push_settings(update.settings.push)
             changed["settings"] = encode(update.settings).decode()
         if changed:
             app = actor.app.app
