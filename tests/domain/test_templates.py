@@ -13,7 +13,10 @@ from tidings.wire.notifications import Template
 @pytest.mark.parametrize(
     ("text", "content", "wrong"),
     [
-        ("{sender} in {channel} ({count}) at {app}", False, None),
+        ("({count}) at {app}", False, None),
+        ("{sender} in {channel} ({count}) at {app}", True, None),
+        ("{sender}", False, "{sender}"),
+        ("{channel}", False, "{channel}"),
         ("{text}", False, "{text}"),
         ("{text}", True, None),
         ("{sender.__class__}", True, "{sender.__class__}"),

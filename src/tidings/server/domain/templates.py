@@ -13,8 +13,8 @@ from typing import Final
 from tidings.wire.notifications import PushEvent, Template
 
 # What a template may name. The second list is content: only where the app has switched it on.
-VARIABLES: Final = ("sender", "channel", "app", "count")
-CONTENT_VARIABLES: Final = ("text",)
+VARIABLES: Final = ("app", "count")
+CONTENT_VARIABLES: Final = ("sender", "channel", "text")
 _NAME: Final = re.compile(r"\{([^{}]*)\}|[{}]")
 
 # Without templates of its own, an app's pushes say this. It names nobody: a locked phone shows it to everybody.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tidings.server.domain.templates import unknown_name
+from tidings.server.domain.templates import CONTENT_VARIABLES, unknown_name
 from tidings.server.errors import Refusal
 from tidings.wire.notifications import PushSettings
 
@@ -17,7 +17,7 @@ def check_push_settings(settings: PushSettings) -> None:
                     raise Refusal(
                         "invalid_field",
                         f"A template may not name {wrong}"
-                        + (" unless content is switched on." if wrong == "{text}" else "."),
+                        + (" unless content is switched on." if wrong.strip("{}") in CONTENT_VARIABLES else "."),
                         field=f"settings.push.templates.{event}.{language}.{part}",
                     )
     providers = [step.provider for step in settings.fallback]
