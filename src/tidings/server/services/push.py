@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
 from random import Random
 from typing import Any, Final, Literal, TypeAlias
 
@@ -202,7 +203,7 @@ class Push:
         found = await self._store.read(unit)
         if found is None:
             return None
-        messages = [message for message in found.messages if message.at <= ripe]
+        messages = list(takewhile(lambda message: message.at <= ripe, found.messages))
         notes: list[Note] = []
         puts: list[Put] = []
         if messages:
@@ -355,12 +356,11 @@ class Push:
             return Sent((note("skipped" if got else "dropped", reason),))
         if now > sending.at + settings.ttl_seconds * 1_000:
             return Sent((note("dropped", Reason.TOO_LATE),))
-        if sending.step != "fallback" and now - sending.asked_at > FRESH_MS:
-            if (sending.user, sending.device) in await self._bus.connected_devices(app.app, (sending.user,)):
-                if sending.step == "recheck":
-                    return Sent((note("skipped", Reason.CONNECTED),))
-                later = encode(msgspec.structs.replace(sending, step="recheck"))
-                return Sent((note("waiting", Reason.CONNECTED),), now + CONNECTED_MS, 0, later)
+        if await self._is_connected(app, sending, now):
+            if sending.step == "recheck":
+                return Sent((note("skipped", Reason.CONNECTED),))
+            later = encode(msgspec.structs.replace(sending, step="recheck"))
+            return Sent((note("waiting", Reason.CONNECTED),), now + CONNECTED_MS, 0, later)
         provider = self._provider(app, sending.provider, target)
         # Opened outside of the store's threads: keys are for this one.
         outcome = await provider.send(
@@ -368,6 +368,13 @@ class Push:
             self._notification(app, sending, target, now),
         )
         return self._sent(sending, target, outcome, attempt, now, note)
+
+    async def _is_connected(self, app: AppContext, sending: Sending, now: int) -> bool:
+        """Whether the device is connected, which matters to whoever would be woken first. It was just asked before a
+        push that is decided is sent."""
+        if sending.step == "fallback" or now - sending.asked_at <= FRESH_MS:
+            return False
+        return (sending.user, sending.device) in await self._bus.connected_devices(app.app, (sending.user,))
 
     def _sent(self, sending: Sending, target: _Target, outcome: Outcome, attempt: int, now: int, note: Any) -> Sent:
         detail = outcome.reason if outcome.status is None else f"{outcome.status} {outcome.reason}"
@@ -401,7 +408,7 @@ class Push:
             return held[1]
         config = msgspec.json.decode(
             app.cipher.open(target.provider_sealed, provider_item(id)),
-            type=PushConfig,  # type: ignore[arg-type]
+            type=PushConfig,
         )
         made = self._providers.open(config)
         self._open[key] = (target.provider_updated_at, made)
