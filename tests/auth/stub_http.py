@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -43,10 +44,12 @@ class StubServer:
 
 
 @asynccontextmanager
-async def stub_server(host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[StubServer]:
+async def stub_server(
+    host: str = "127.0.0.1", port: int = 0, *, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[StubServer]:
     stub = StubServer(host)
     stub.gate.set()
-    server = await asyncio.start_server(stub.serve, host, port)
+    server = await asyncio.start_server(stub.serve, host, port, ssl=tls)
     stub.port = server.sockets[0].getsockname()[1]
     try:
         yield stub

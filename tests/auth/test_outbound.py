@@ -1,11 +1,14 @@
 """Where the server lets itself be sent, and where not."""
 
 import asyncio
+import contextlib
 import datetime
 import ipaddress
+import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpcore
 import httpx
@@ -15,13 +18,26 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
+from yarl import URL
 
 from tests.auth.conftest import private_pem
 from tests.auth.stub_http import response, stub_server
 from tidings.server.domain.netguard import OutboundPolicy, canonical_host, internal_reason, refusal
-from tidings.server.outbound import GuardedBackend, GuardedClient, GuardedTransport, OutboundRefused, check_url
+from tidings.server.outbound import (
+    GuardedBackend,
+    GuardedClient,
+    GuardedTransport,
+    OutboundRefused,
+    check_url,
+    resolve_with_system,
+)
+from tidings.server.outbound_pool import AddressGuard, PooledClient
 
 OPEN = OutboundPolicy()
+
+# The lean client keeps every promise of the other one.
+Client = GuardedClient | PooledClient
+CLIENTS = pytest.mark.parametrize("kind", [GuardedClient, PooledClient])
 
 # Hosts that some resolver, parser or operating system takes to the inside.
 INTERNAL_HOSTS = [
@@ -143,6 +159,80 @@ async def test_an_internal_address_is_refused_in_every_spelling(host: str) -> No
     bare = host.strip("[]").replace("%25", "%")
     with pytest.raises((OutboundRefused, httpcore.ConnectError)):
         await backend.connect_tcp(bare, 443, timeout=5)
+    with pytest.raises((OutboundRefused, OSError)):
+        await AddressGuard(OPEN, resolve_with_system).resolve(bare, 443)
+
+
+@CLIENTS
+@pytest.mark.parametrize("host", INTERNAL_HOSTS)
+async def test_a_client_asks_nothing_of_an_internal_address(host: str, kind: type[Client]) -> None:
+    client = kind(OPEN)
+    with pytest.raises(OutboundRefused):
+        await client.request("GET", f"https://{host}/", body_bytes_max=10)
+    await client.aclose()
+
+
+class _UncheckedUrls(PooledClient):
+    """A client that forgot to look at the URL: what is left is the guard at the socket."""
+
+    def _check_url(self, url: str) -> tuple[URL, str, int]:
+        parsed = URL(url)
+        return parsed, parsed.raw_host or "", parsed.port or 443
+
+
+@pytest.mark.parametrize("host", INTERNAL_HOSTS)
+async def test_the_socket_is_guarded_for_whatever_the_library_takes_for_an_address(
+    host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """aiohttp does not ask its resolver about literal addresses: the socket factory sees them."""
+
+    async def never(_socket: socket.socket, address: object) -> None:
+        raise AssertionError(f"dialled {address}")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "sock_connect", never)
+    client = _UncheckedUrls(OPEN)
+    with pytest.raises((OutboundRefused, httpx.ConnectError)):
+        await client.request("GET", f"https://{host}/", body_bytes_max=10, total_seconds=5)
+    await client.aclose()
+
+
+async def test_every_new_connection_passes_the_guard_and_a_kept_one_is_not_dialled_again() -> None:
+    dialled = []
+
+    class Watching(AddressGuard):
+        def open_socket(self, info: tuple[Any, ...]) -> socket.socket:
+            dialled.append(info[4][0])
+            return super().open_socket(info)
+
+    async with keeping_server() as (port, connections):
+        client = PooledClient(OutboundPolicy(networks=("127.0.0.1/32",)))
+        client._guard = Watching(client.policy, resolve_with_system)
+        for _ in range(3):
+            assert (await client.request("GET", f"http://127.0.0.1:{port}/", body_bytes_max=9)).body == b"ok"
+        assert (dialled, len(connections)) == (["127.0.0.1"], 1)
+        connections.pop().close()
+        # The connection that the server closed is not used again, and the new one is judged.
+        while len(dialled) < 2:
+            with contextlib.suppress(httpx.TransportError):
+                await client.request("GET", f"http://127.0.0.1:{port}/", body_bytes_max=9)
+        await client.aclose()
+
+
+@contextlib.asynccontextmanager
+async def keeping_server() -> AsyncIterator[tuple[int, list[asyncio.StreamWriter]]]:
+    """A server that keeps its connections; its port, and those who are connected."""
+    connections: list[asyncio.StreamWriter] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while await reader.readuntil(b"\r\n\r\n"):
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1], connections
 
 
 async def test_a_name_for_this_machine_is_refused_when_it_is_resolved() -> None:
@@ -268,6 +358,95 @@ async def test_a_rebinding_name_is_asked_once_and_reached_where_it_was_judged() 
     assert "Host: rebinding.example:" in public[0]
 
 
+@CLIENTS
+async def test_a_name_is_asked_once_for_a_connection_and_reached_where_it_was_judged(
+    kind: type[Client], tmp_path: Path
+) -> None:
+    serving, trusting = _tls("rebinding.example", tmp_path)
+    resolver = _Rebinding(["127.0.0.2"], ["127.0.0.1"])
+    async with (
+        stub_server("127.0.0.2", tls=serving) as public,
+        stub_server("127.0.0.1", public.port, tls=serving) as internal,
+    ):
+        client = kind(STAND_IN, resolve=resolver, ssl_context=trusting)
+        public.answer = internal.answer = lambda: response(b"ok")
+        url = f"https://rebinding.example:{public.port}/"
+        assert (await client.request("GET", url, body_bytes_max=10)).body == b"ok"
+        assert (len(public.requests), len(internal.requests), resolver.asked) == (1, 0, 1)
+        assert "host: rebinding.example:" in public.requests[0].lower()
+        # The stub closes its connections, so that the next request resolves anew.
+        with pytest.raises(OutboundRefused):
+            await client.request("GET", url, body_bytes_max=10)
+        assert internal.requests == []
+        await client.aclose()
+
+
+@CLIENTS
+@pytest.mark.parametrize("answers", [["127.0.0.2", "127.0.0.1"], ["127.0.0.2", "::1"], ["169.254.169.254"]])
+async def test_a_client_refuses_a_name_with_one_internal_answer(answers: list[str], kind: type[Client]) -> None:
+    async with stub_server("127.0.0.2") as public:
+        client = kind(STAND_IN, resolve=_Rebinding(answers, answers))
+        with pytest.raises(OutboundRefused):
+            await client.request("GET", f"https://mixed.example:{public.port}/", body_bytes_max=10)
+        assert public.requests == []
+        await client.aclose()
+
+
+@CLIENTS
+async def test_a_name_that_does_not_resolve_may_be_tried_again(kind: type[Client]) -> None:
+    async def lost(host: str, port: int) -> Sequence[str]:
+        raise socket.gaierror(socket.EAI_AGAIN, "try again")
+
+    for resolver in (lost, _Rebinding([], []), _Rebinding(["127.0.0.2"] * 65, [])):
+        client = kind(STAND_IN, resolve=resolver)
+        with pytest.raises(httpx.ConnectError):
+            await client.request("GET", "https://odd.example/", body_bytes_max=10)
+        await client.aclose()
+
+
+@CLIENTS
+async def test_a_client_goes_on_to_the_next_address(kind: type[Client], tmp_path: Path) -> None:
+    serving, trusting = _tls("two.example", tmp_path)
+    policy = OutboundPolicy(networks=("127.0.0.2/31",))
+    async with stub_server("127.0.0.2", tls=serving) as server:
+        client = kind(policy, resolve=_Rebinding(["127.0.0.3", "127.0.0.2"], []), ssl_context=trusting)
+        assert (await client.request("GET", f"https://two.example:{server.port}/", body_bytes_max=10)).status == 200
+        await client.aclose()
+
+
+@CLIENTS
+async def test_an_answer_that_is_none_is_a_passing_trouble(kind: type[Client]) -> None:
+    client = kind(OutboundPolicy(networks=("127.0.0.1/32",)))
+    for raw in (b"", b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nshort"):
+        async with stub_server() as server:
+            server.answer = lambda raw=raw: raw  # type: ignore[misc]
+            with pytest.raises(httpx.TransportError):
+                await client.request("GET", server.url, body_bytes_max=100)
+    with pytest.raises(httpx.ConnectError):
+        await client.request("GET", server.url, body_bytes_max=100)
+    await client.aclose()
+
+
+@CLIENTS
+async def test_what_is_sent_arrives_as_it_was_given(kind: type[Client]) -> None:
+    async with stub_server() as server:
+        client = kind(OutboundPolicy(networks=("127.0.0.1/32",)), user_agent="tidings/9")
+        await client.request(
+            "POST",
+            server.url + "?a=%2F&b=c%20d#fragment",
+            body_bytes_max=100,
+            headers={"webhook-id": "m1", "Accept-Encoding": "gzip"} if kind is PooledClient else {"webhook-id": "m1"},
+            content=b"12345",
+        )
+        await client.aclose()
+    request = server.requests[0].lower()
+    assert request.startswith("post /jwks.json?a=%2f&b=c%20d http/1.1\r\n")
+    for line in ("webhook-id: m1", "content-length: 5", "user-agent: tidings/9", "accept-encoding: identity"):
+        assert request.count(f"{line}\r\n") == 1
+    assert "gzip" not in request
+    assert "cookie" not in request
+
+
 async def test_the_check_notices_a_guard_that_resolves_again() -> None:
     public, internal, asked = await reached_by_rebinding(_ResolvesAgain)
     assert (len(public), len(internal), asked) == (0, 1, 2)
@@ -312,19 +491,21 @@ async def test_the_next_address_is_tried_when_one_does_not_answer() -> None:
             assert (await plain.get(url)).status_code == 200
 
 
-async def test_a_redirect_is_returned_and_not_followed() -> None:
+@CLIENTS
+async def test_a_redirect_is_returned_and_not_followed(kind: type[Client]) -> None:
     async with stub_server() as outside, stub_server() as inside:
         outside.answer = lambda: response(b"", status="307 Temporary Redirect", headers=f"location: {inside.url}\r\n")
-        client = GuardedClient(OutboundPolicy(networks=("127.0.0.1/32",)))
+        client = kind(OutboundPolicy(networks=("127.0.0.1/32",)))
         reply = await client.request("POST", outside.url, body_bytes_max=100, content=b"{}")
         await client.aclose()
         assert (reply.status, reply.headers["location"]) == (307, inside.url)
         assert inside.requests == []
 
 
-async def test_an_answer_is_read_up_to_its_bound_and_its_time() -> None:
+@CLIENTS
+async def test_an_answer_is_read_up_to_its_bound_and_its_time(kind: type[Client]) -> None:
     async with stub_server() as server:
-        client = GuardedClient(OutboundPolicy(networks=("127.0.0.1/32",)))
+        client = kind(OutboundPolicy(networks=("127.0.0.1/32",)))
         server.answer = lambda: response(b"x" * 100)
         assert (await client.request("GET", server.url, body_bytes_max=100)).body == b"x" * 100
         with pytest.raises(OutboundRefused, match="longer"):
@@ -338,21 +519,32 @@ async def test_an_answer_is_read_up_to_its_bound_and_its_time() -> None:
         await client.aclose()
 
 
-async def test_the_environments_proxy_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+@CLIENTS
+async def test_a_cookie_is_not_kept_for_the_next_who_asks_there(kind: type[Client]) -> None:
+    async with stub_server() as server:
+        server.answer = lambda: response(b"", headers="set-cookie: app=1\r\n")
+        client = kind(OutboundPolicy(networks=("127.0.0.1/32",)))
+        for _ in range(2):
+            await client.request("GET", server.url, body_bytes_max=100)
+        await client.aclose()
+        assert not any("cookie" in request.lower() for request in server.requests)
+
+
+@CLIENTS
+async def test_the_environments_proxy_is_not_used(kind: type[Client], monkeypatch: pytest.MonkeyPatch) -> None:
     async with stub_server() as server, stub_server() as proxy:
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
             monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
-        client = GuardedClient(OutboundPolicy(networks=("127.0.0.1/32",)))
+        client = kind(OutboundPolicy(networks=("127.0.0.1/32",)))
         assert (await client.request("GET", server.url, body_bytes_max=100)).status == 200
         await client.aclose()
         assert proxy.requests == []
 
 
-async def test_tls_verifies_the_name_of_the_url_and_not_the_address(tmp_path: Path) -> None:
+@CLIENTS
+async def test_tls_verifies_the_name_of_the_url_and_not_the_address(kind: type[Client], tmp_path: Path) -> None:
     names: list[str | None] = []
-    certificate, key = _self_signed("hooks.example", tmp_path)
-    server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server_side.load_cert_chain(certificate, key)
+    server_side, trusting = _tls("hooks.example", tmp_path)
     server_side.sni_callback = lambda _socket, name, _context: names.append(name)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -363,8 +555,7 @@ async def test_tls_verifies_the_name_of_the_url_and_not_the_address(tmp_path: Pa
 
     server = await asyncio.start_server(serve, "127.0.0.2", 0, ssl=server_side)
     port = server.sockets[0].getsockname()[1]
-    trusting = ssl.create_default_context(cafile=str(certificate))
-    client = GuardedClient(STAND_IN, resolve=_Rebinding(["127.0.0.2"], ["127.0.0.2"]), ssl_context=trusting)
+    client = kind(STAND_IN, resolve=_Rebinding(["127.0.0.2"], ["127.0.0.2"]), ssl_context=trusting)
     assert (await client.request("GET", f"https://hooks.example:{port}/", body_bytes_max=10)).body == b"ok"
     assert names == ["hooks.example"]
     with pytest.raises(httpx.ConnectError):
@@ -372,6 +563,14 @@ async def test_tls_verifies_the_name_of_the_url_and_not_the_address(tmp_path: Pa
     await client.aclose()
     server.close()
     await server.wait_closed()
+
+
+def _tls(name: str, folder: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """The server's side, and a client's that trusts it and nobody else."""
+    certificate, key = _self_signed(name, folder)
+    serving = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    serving.load_cert_chain(certificate, key)
+    return serving, ssl.create_default_context(cafile=str(certificate))
 
 
 def _self_signed(name: str, folder: Path) -> tuple[Path, Path]:

@@ -9,6 +9,7 @@ Proxies of the environment are ignored: behind one, the address that is checked 
 """
 
 import asyncio
+import http.cookiejar
 import ipaddress
 import socket
 import ssl
@@ -101,6 +102,34 @@ async def resolve_with_system(host: str, port: int) -> Sequence[str]:
     return list(dict.fromkeys(str(answer[4][0]) for answer in answers))
 
 
+async def judged_addresses(host: str, port: int, *, policy: OutboundPolicy, resolve: Resolver) -> list[str]:
+    """The addresses of `host` as text, resolved once and every one of them allowed.
+
+    Raises OutboundRefused when one is not, and OSError when the name does not resolve to a usable number of them.
+    """
+    try:
+        name, literal = canonical_host(host)
+    except ValueError:
+        raise OutboundRefused("the host is neither a DNS name nor a plain IP address") from None
+    if literal is not None:
+        answers: Sequence[str] = [str(literal)]
+    else:
+        try:
+            answers = await resolve(name, port)
+        except (OSError, UnicodeError) as error:
+            raise OSError("the host name does not resolve") from error
+    if not answers or len(answers) > ADDRESSES_MAX:
+        raise OSError("the host name does not resolve to a usable number of addresses")
+    judged = []
+    for answer in answers:
+        address = ipaddress.ip_address(answer)
+        reason = refusal(address, host=name, port=port, policy=policy)
+        if reason is not None:
+            raise OutboundRefused(f"the host is not a public address ({reason})")
+        judged.append(str(address))
+    return judged
+
+
 class GuardedBackend(httpcore.AsyncNetworkBackend):
     """Opens connections to judged addresses only. Raises OutboundRefused for the others.
 
@@ -145,26 +174,9 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
 
     async def _judged_addresses(self, host: str, port: int) -> list[str]:
         try:
-            name, literal = canonical_host(host)
-        except ValueError:
-            raise OutboundRefused("the host is neither a DNS name nor a plain IP address") from None
-        if literal is not None:
-            answers: Sequence[str] = [str(literal)]
-        else:
-            try:
-                answers = await self._resolve(name, port)
-            except (OSError, UnicodeError) as error:
-                raise httpcore.ConnectError("the host name does not resolve") from error
-        if not answers or len(answers) > ADDRESSES_MAX:
-            raise httpcore.ConnectError("the host name does not resolve to a usable number of addresses")
-        judged = []
-        for answer in answers:
-            address = ipaddress.ip_address(answer)
-            reason = refusal(address, host=name, port=port, policy=self._policy)
-            if reason is not None:
-                raise OutboundRefused(f"the host is not a public address ({reason})")
-            judged.append(str(address))
-        return judged
+            return await judged_addresses(host, port, policy=self._policy, resolve=self._resolve)
+        except OSError as error:
+            raise httpcore.ConnectError(str(error)) from error
 
     async def _dial_first(
         self,
@@ -261,6 +273,8 @@ class GuardedClient:
             ),
             trust_env=False,
             follow_redirects=False,
+            # Whoever sets a cookie would speak to all apps that use the same host.
+            cookies=http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[])),
             timeout=httpx.Timeout(TOTAL_SECONDS, connect=CONNECT_SECONDS),
             headers={"user-agent": user_agent},
         )
