@@ -16,6 +16,7 @@ ON_BOTH = frozenset(
         "jobs/test_relay.py",
         "services/test_messages.py",
         "services/test_trace.py",
+        "services/test_push.py",
         "services/test_receipts.py",
         "services/test_counting.py",
         "services/test_members_role.py",

@@ -61,6 +61,14 @@ def app(allowed: frozenset[str], foreign: tuple[int, int] = (200, 403), **more: 
 ADMIN = BACKEND | {"admin"}
 NARROW = frozenset({"narrow"})
 MINE = (200, 200)
+# What a browser gives: its key is a point on the curve, any point.
+SUBSCRIPTION = {
+    "endpoint": "https://updates.push.services.mozilla.com/wpush/v2/abc",
+    "keys": {
+        "p256dh": "BCVxsr7N_eNgVRqvHtD0zTZsEc6-VV-JvLexhqUzORcxaOzi6-AYWXvTBHm4bjyPjs7Vd8pZGH6SRpkNtoIAiw4",
+        "auth": "BTBZMqHH6r4Tts7J_aSIgg",
+    },
+}
 
 ROWS: dict[str, Row] = {
     # The app. An admin runs it but holds no keys.
@@ -88,6 +96,17 @@ ROWS: dict[str, Row] = {
     "app.put_relation": app(BACKEND, (404, 403), body={"kind": "panel", "user": "member", "other": "outsider"}),
     "app.delete_relation": app(ADMIN, (404, 403), query={"kind": "panel", "user": "owner", "other": "target"}),
     "app.audit": app(ADMIN),
+    "push.providers": app(ADMIN),
+    "push.put_provider": app(ADMIN, body={"config": {"kind": "webpush", "subject": "mailto:ops@example.com"}}),
+    "push.delete_provider": app(ADMIN, (404, 403)),
+    "push.webpush_key": app(EVERY_USER | BACKEND | NARROW, (404, 404)),
+    "notifications.tokens": app(ADMIN, (404, 403)),
+    "notifications.put_token": app(ADMIN, (404, 403), body={"provider": "vapid", "subscription": SUBSCRIPTION}),
+    "notifications.remove_token": app(ADMIN, (404, 403)),
+    "notifications.get": app(ADMIN, (404, 403)),
+    "notifications.put": app(ADMIN, (404, 403), body={"level": "mentions"}),
+    "notifications.get_channel": channel(INSIDE, wrong=BACKEND, foreign=(404, 404)),
+    "notifications.put_channel": channel(INSIDE, wrong=BACKEND, foreign=(404, 404), body={"level": "none"}),
     "jobs.list": app(ADMIN),
     "jobs.retry_all": app(ADMIN, body={}),
     "jobs.retry": app(ADMIN, (404, 403)),
@@ -173,6 +192,7 @@ class Stage:
             "level": "channel",
             "role": f"role{number}",
             "type": f"type{number}",
+            "push_provider": "vapid",
         }
 
     async def build_for(self, op: str) -> None:
@@ -198,6 +218,13 @@ class Stage:
                 if op == "app.delete_provider":
                     body = {"jwks_url": "https://id.example.com/jwks"}
                     values["provider"] = (await world.ok("backend", "POST", "/v1/app/identity-providers", body))["id"]
+            case "push.delete_provider" | "push.webpush_key" | "notifications.put_token" | "notifications.remove_token":
+                body: Any = {"config": {"kind": "webpush", "subject": "mailto:ops@example.com"}}
+                await world.ok("backend", "PUT", "/v1/push/providers/vapid", body)
+                await world.call("other_backend", "DELETE", "/v1/push/providers/vapid")
+                if op == "notifications.remove_token":
+                    body = {"provider": "vapid", "subscription": SUBSCRIPTION}
+                    await world.ok("backend", "PUT", f"/v1/users/{values['user']}/devices/phone/push", body)
             case "jobs.retry" | "jobs.drop":
                 await world.execute("DELETE FROM jobs WHERE id=42")
                 await world.execute(

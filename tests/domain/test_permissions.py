@@ -85,6 +85,7 @@ key.manage                .    .    .    .     .    .    .    .     .     .
 audit.read                .    .    .    x     .    .    .    .     .     .
 job.manage                .    .    .    x     .    .    .    .     .     .
 trace.read                .    .    .    x     .    .    .    .     .     .
+push.manage               .    .    .    x     .    .    .    .     .     .
 """
 
 LINES = {cells[0]: cells[1:] for cells in (line.split() for line in TABLE.splitlines()[2:])}

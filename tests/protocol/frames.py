@@ -10,7 +10,7 @@ from tidings.wire.events import EVENT_DATA, Event, EventType
 
 _SAYS = msgspec.json.Decoder(c.AnyReply)
 _SIGNALS = msgspec.json.Decoder(c.AnySignal)
-_OWN_EVENTS = {"channel.joined", "channel.left", "channel.settings", "profile.updated"}
+_OWN_EVENTS = {"channel.joined", "channel.left", "channel.settings", "notifications.updated", "profile.updated"}
 
 
 def check_client_frame(frame: Any) -> c.AnyCommand:

@@ -308,6 +308,13 @@ class Config:
         why="One process is easiest to run; many deliveries deserve cores of their own.",
     )
 
+    outbound_allow_hosts: tuple[str, ...] = _setting(
+        (),
+        "Hosts (`name` or `name:port`) that webhooks, push and the like may reach though their addresses are internal, "
+        "and by plain http.",
+        why="Whoever may set an address up could otherwise ask machines that only this one reaches.",
+    )
+
     # Connections
     connections_max: int = _setting(
         20_000,
@@ -746,9 +753,10 @@ def _contradictions(config: Config) -> list[tuple[str, str]]:
     if config.public_url and not _is_base_url(config.public_url):
         # The value is not repeated: an address may carry a password.
         refuse("public_url", "must be like https://chat.example.com: no user, path, query or fragment")
-    for host in config.jwks_allow_hosts:
-        if not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(:\d{1,5})?", host):
-            refuse("jwks_allow_hosts", f"{host!r} is not a host or host:port")
+    for setting in ("jwks_allow_hosts", "outbound_allow_hosts"):
+        for host in getattr(config, setting):
+            if not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(:\d{1,5})?", host):
+                refuse(setting, f"{host!r} is not a host or host:port")
     if config.connections_per_address > config.connections_max:
         refuse("connections_per_address", f"is more than connections_max ({config.connections_max})")
     if config.outbox_bytes_max < config.frame_bytes_max:

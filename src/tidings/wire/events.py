@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from .ids import ChannelId, MessageId, RoleName, Time, UserId
+from .ids import ChannelId, DeviceId, MessageId, RoleName, Time, UserId
 from .resources import Channel, Message, Resource, User
 
 
@@ -33,6 +33,13 @@ class EventType(StrEnum):
     CHANNEL_LEFT = "channel.left"
     CHANNEL_SETTINGS = "channel.settings"
     PROFILE_UPDATED = "profile.updated"
+    NOTIFICATIONS_UPDATED = "notifications.updated"
+
+
+# Events of users' own streams; all others are of channels.
+OWN_EVENTS: Final = frozenset(
+    {"channel.joined", "channel.left", "channel.settings", "profile.updated", "notifications.updated"}
+)
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -97,6 +104,14 @@ class ChannelSettings(Resource, frozen=True, kw_only=True):
     muted_until: Time | None = None
 
 
+class NotificationsUpdated(Resource, frozen=True, kw_only=True):
+    """What the user wants to be told of has changed: ask for it. `device` and `channel` say what it is about; without
+    them it is about all."""
+
+    device: DeviceId | None = None
+    channel: ChannelId | None = None
+
+
 EVENT_DATA: Final[dict[EventType, type[Any]]] = {
     EventType.MESSAGE_CREATED: Message,
     EventType.MESSAGE_UPDATED: Message,
@@ -113,4 +128,5 @@ EVENT_DATA: Final[dict[EventType, type[Any]]] = {
     EventType.CHANNEL_LEFT: ChannelLeft,
     EventType.CHANNEL_SETTINGS: ChannelSettings,
     EventType.PROFILE_UPDATED: User,
+    EventType.NOTIFICATIONS_UPDATED: NotificationsUpdated,
 }

@@ -92,6 +92,13 @@ class PushProvider(msgspec.Struct, frozen=True, kw_only=True):
     updated_at: Time
 
 
+class WebPushKey(msgspec.Struct, frozen=True, kw_only=True):
+    """`public_key` is base64url of the 65 bytes that `pushManager.subscribe` takes as `applicationServerKey`."""
+
+    provider: ProviderId
+    public_key: str
+
+
 class PushProviderPut(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Secrets that are left out stay as they are."""
 

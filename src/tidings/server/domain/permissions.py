@@ -65,6 +65,7 @@ class Permission(StrEnum):
     AUDIT_READ = "audit.read"
     JOB_MANAGE = "job.manage"
     TRACE_READ = "trace.read"
+    PUSH_MANAGE = "push.manage"
 
 
 # A set of permissions as a bit mask: one machine word's worth of work to check on the hot path.
@@ -155,6 +156,7 @@ APP_ROLES: Final[dict[str, frozenset[Permission]]] = {
         P.AUDIT_READ,
         P.JOB_MANAGE,
         P.TRACE_READ,
+        P.PUSH_MANAGE,
     },
 }
 

@@ -112,6 +112,10 @@ class HttpClient(Protocol):
 class Providers(Protocol):
     """Makes providers from what apps have set up; the one of `push/factory.py`, chosen by app.py."""
 
+    def complete(self, config: PushConfig) -> PushConfig:
+        """The configuration with a key made for it where it has none and needs no other's: a VAPID key."""
+        ...
+
     def check(self, config: PushConfig) -> PushConfig:
         """The configuration as it is to be kept. Raises Refusal(invalid_field) that names the field."""
         ...

@@ -11,7 +11,7 @@ from tidings.server.push.apns import ApnsProvider, check_apns, check_apns_token
 from tidings.server.push.base import Provider
 from tidings.server.push.fcm import FcmProvider, check_fcm, check_fcm_token
 from tidings.server.push.http import HttpProvider, check_http, check_http_token
-from tidings.server.push.webpush import WebPushProvider, check_webpush, check_webpush_token
+from tidings.server.push.webpush import WebPushProvider, check_webpush, check_webpush_token, with_own_key
 from tidings.wire.push import ApnsConfig, FcmConfig, HttpConfig, PushConfig, WebPushConfig
 
 
@@ -49,6 +49,10 @@ class PushProviders:
                 return check_http(config, self._policy)
             case _:
                 assert_never(config)
+
+    def complete(self, config: PushConfig) -> PushConfig:
+        """The configuration with a key made for it where it has none and needs no other's."""
+        return with_own_key(config) if isinstance(config, WebPushConfig) else config
 
     def check_token(self, config: PushConfig, token: str) -> None:
         """Raises Refusal(invalid_field) for what cannot be a token of this provider."""

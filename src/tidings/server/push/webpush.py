@@ -96,6 +96,14 @@ ERRORS: Final[dict[int, Kind]] = {
 _EVERY_TOKEN: Final = frozenset({"BadJwtToken", "ExpiredJwtToken", "BadAuthorizationHeader"})
 
 
+def with_own_key(config: WebPushConfig) -> WebPushConfig:
+    """With a new VAPID key if it has none: whoever sets it up need not know how one is made (RFC 8292, 3.2)."""
+    if config.private_key:
+        return config
+    number = generate_private_key(SECP256R1()).private_numbers().private_value
+    return msgspec.structs.replace(config, private_key=encoded(number.to_bytes(32)), public_key="")
+
+
 def check_webpush(config: WebPushConfig) -> WebPushConfig:
     """The configuration with its public key, or the refusal of a field."""
     public = encoded(public_bytes(_private_key(config.private_key).public_key()))

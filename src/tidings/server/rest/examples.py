@@ -7,7 +7,7 @@ from typing import Any, Final, get_args, get_origin
 
 import msgspec
 
-from tidings.wire import replies, requests, resources, trace
+from tidings.wire import notifications, push, replies, requests, resources, trace
 
 _AT: Final = datetime(2026, 3, 14, 9, 26, 53, 589_000, UTC)
 _LATER: Final = datetime(2026, 3, 14, 10, 0, tzinfo=UTC)
@@ -81,6 +81,24 @@ _EXAMPLES: Final[tuple[Any, ...]] = (
         died_at=_LATER,
     ),
     resources.JobsRetried(count=7),
+    notifications.PushToken(user="bob", device="phone-1", provider="apns", created_at=_AT, updated_at=_AT),
+    notifications.PushTokenPut(provider="apns", token="740f4707bebcf74f9b7c25d48e335894"),  # noqa: S106
+    notifications.NotificationPreferences(
+        level="mentions",
+        quiet_hours=notifications.QuietHours(start="22:00", end="07:00", timezone="Europe/Berlin"),
+        snoozed_until=_LATER,
+        language="de-AT",
+    ),
+    notifications.ChannelNotifications(level="none"),
+    notifications.PushProvider(
+        id="vapid",
+        config=push.WebPushConfig(subject="mailto:ops@example.com", public_key="BNcRdreALRFXTkOOUHK1EtK2wtaz5Ry4YfYCA"),
+        status="enabled",
+        created_at=_AT,
+        updated_at=_AT,
+    ),
+    notifications.PushProviderPut(config=push.WebPushConfig(subject="mailto:ops@example.com")),
+    notifications.WebPushKey(provider="vapid", public_key="BNcRdreALRFXTkOOUHK1EtK2wtaz5Ry4YfYCA"),
     trace.MessageTrace(
         message="m_01J9ZQ4T8V6N2R5C7XKDMBWEHY",
         channel="ch_7f3k",

@@ -128,13 +128,14 @@ _DATA: Final[dict[e.EventType, r.Resource]] = {
     e.EventType.CHANNEL_JOINED: e.ChannelJoined(channel="ch_7f3k", role="member", epoch="mfrggzdf", head=8),
     e.EventType.CHANNEL_LEFT: e.ChannelLeft(channel="ch_7f3k", reason="removed"),
     e.EventType.CHANNEL_SETTINGS: e.ChannelSettings(channel="ch_7f3k", archived=True),
+    e.EventType.NOTIFICATIONS_UPDATED: e.NotificationsUpdated(channel="ch_7f3k"),
     e.EventType.PROFILE_UPDATED: r.User(id="alice", name="Alice Ahmed", created_at=_AT, updated_at=_LATER),
 }
 
 
 def example_event(type: e.EventType) -> e.Event:
     """An event of this type. Raises KeyError for a type without an example."""
-    own = type.value in {"channel.joined", "channel.left", "channel.settings", "profile.updated"}
+    own = type.value in e.OWN_EVENTS
     data = msgspec.Raw(msgspec.json.encode(_DATA[type]))
     return e.Event(type.value, "@me" if own else "ch_7f3k", 4 if own else 9, _AT, "alice", data)
 

@@ -32,6 +32,8 @@ _TAGS: Final = {
     "messages": "What is said",
     "receipts": "Read positions and unread counts",
     "sync": "Catching up by polling",
+    "notifications": "Who is woken, where and when",
+    "push": "Push providers",
     "jobs": "What is done behind the scenes",
     "system": "For operators and developers",
 }
@@ -60,6 +62,7 @@ _PARAMETERS: Final = {
     "type": ("A channel type's name", "consultation"),
     "key": ("An API key's id", "k7f3m2"),
     "kid": ("A signing key's id", "s1"),
+    "push_provider": ("A push provider's id", "fcm"),
     "job": ("A job's id", "job_42"),
     "provider": ("An identity provider's id", "idp_1"),
 }

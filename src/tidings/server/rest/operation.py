@@ -206,7 +206,8 @@ def operation(
 _ID: Final = re.compile(limits.ID_PATTERN)
 _EMOJI: Final = re.compile(rf"^[^\s\x00-\x1f\x7f]{{1,{limits.EMOJI_LENGTH_MAX}}}\Z")
 _LEVEL: Final = re.compile(r"^(app|channel|relation)\Z")
-PATTERNS: Final[dict[str, re.Pattern[str]]] = {"emoji": _EMOJI, "level": _LEVEL}
+_PROVIDER: Final = re.compile(r"^[a-z0-9][a-z0-9_\-]{0,31}\Z")
+PATTERNS: Final[dict[str, re.Pattern[str]]] = {"emoji": _EMOJI, "level": _LEVEL, "push_provider": _PROVIDER}
 
 
 def check_path(parameters: Mapping[str, str]) -> None:

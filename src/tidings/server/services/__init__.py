@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .jobs import Jobs
     from .members import Members
     from .messages import Messages
+    from .notifications import Notifications
     from .receipts import Receipts
     from .sync import Sync
     from .trace import Trace
@@ -43,4 +44,5 @@ class Services:
     sync: Sync
     jobs: Jobs
     trace: Trace
+    notifications: Notifications
     bus: Bus | None = None

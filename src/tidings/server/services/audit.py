@@ -46,6 +46,8 @@ class Action(StrEnum):
     CHANNEL_DELETED = "channel.deleted"
     MEMBER_ROLE_CHANGED = "member.role_changed"
     MEMBER_REMOVED = "member.removed"
+    PUSH_PROVIDER_PUT = "push_provider.put"
+    PUSH_PROVIDER_DELETED = "push_provider.deleted"
     JOBS_RETRIED = "job.retried"
     JOB_DROPPED = "job.dropped"
 

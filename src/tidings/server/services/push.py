@@ -41,6 +41,7 @@ from .counting import HIDDEN, UNREAD
 from .queue import Put, put
 from .rendering import decode_body
 from .users import Profile, user_item
+from .waking import provider_item, token_item
 
 log = get_logger(__name__)
 
@@ -502,16 +503,6 @@ class Push:
                 self._metrics.push_misconfigured.labels(id).value += 1
 
 
-def token_item(user: str, device: str, provider: str) -> bytes:
-    """The name of a token's row."""
-    return f"token:{user}/{device}/{provider}".encode()
-
-
-def provider_item(id: str) -> bytes:
-    """The name of a provider's row."""
-    return f"push:{id}".encode()
-
-
 # ---------------------------------------------------------------- what is looked up to decide
 
 
@@ -677,7 +668,11 @@ async def _target(tx: Tx, app: int, sending: Sending, now: int, *, content: bool
     """Everything that sending needs; None where the user is no member (any more)."""
     sid, seq, user, device = sending.sid, sending.seq, sending.user, sending.device
     member = await tx.one(
-        "SELECT m.joined_seq, m.delivered, m.read FROM members m WHERE m.app=? AND m.sid=? AND m.user=?", app, sid, user
+        "SELECT m.joined_seq, m.delivered, m.read FROM members m JOIN users u ON u.app=m.app AND u.id=m.user"
+        " WHERE m.app=? AND m.sid=? AND m.user=? AND u.deactivated_at IS NULL AND u.deleted_at IS NULL",
+        app,
+        sid,
+        user,
     )
     message = await tx.one(
         "SELECT m.id,m.sender,m.deleted_at,coalesce(e.item,m.id),coalesce(e.sealed,m.sealed),c.id,c.sealed,"

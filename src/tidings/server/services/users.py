@@ -34,6 +34,7 @@ from .membership import Place, delete_member
 from .messages import check_custom, redact_messages
 from .paging import make_cursor, read_cursor
 from .streams import NewStream, insert_new, new_stream, record_own, shred, user_streams, with_keys
+from .waking import forget_device, forget_user
 
 P = Permission
 
@@ -484,6 +485,7 @@ class Users:
             await tx.execute("DELETE FROM labels WHERE app=? AND noun='user' AND id=?", app.app, user_id)
             await tx.execute("DELETE FROM devices WHERE app=? AND devices.user=?", app.app, user_id)
             await tx.execute("DELETE FROM device_positions WHERE app=? AND device_positions.user=?", app.app, user_id)
+            await forget_user(tx, app.app, user_id)
             await tx.execute("DELETE FROM relations WHERE app=? AND relations.user=?", app.app, user_id)
             await tx.execute("DELETE FROM relations WHERE app=? AND other=?", app.app, user_id)
             await shred(tx, row.sid)
@@ -857,6 +859,7 @@ def device_item(user: str, device: str) -> bytes:
 
 
 async def _delete_device(tx: Tx, app: int, user: str, device: str) -> int:
+    await forget_device(tx, app, user, device)
     await tx.execute(
         "DELETE FROM device_positions WHERE app=? AND device_positions.user=? AND device=?", app, user, device
     )
