@@ -1,0 +1,124 @@
+"""What all adapters share: cutting to size, the time to wait, secrets that are not shown."""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.push.conftest import HELLO
+from tidings.server.clock import ManualClock
+from tidings.server.outbound import Reply
+from tidings.server.push.base import Notification, collapse_id, cut, encode_notification, fit, reason_word, retry_after
+from tidings.wire.push import (
+    ApnsConfig,
+    FcmConfig,
+    PushConfig,
+    ServiceAccount,
+    WebPushConfig,
+    with_secrets_of,
+    without_secrets,
+)
+
+FAMILY = "👩‍👩‍👧‍👦"
+
+
+@pytest.mark.parametrize(
+    ("text", "characters", "shown"),
+    [
+        ("hello", 5, "hello"),
+        ("hello", 4, "hell…"),
+        ("hello there", 6, "hello…"),
+        ("hello", 0, ""),
+        (f"a{FAMILY}b", 4, "a…"),
+        (f"a{FAMILY}b", 8, f"a{FAMILY}…"),
+        ("cafe\u0301s", 4, "caf…"),
+        ("🇩🇪🇫🇷🇮🇹", 3, "🇩🇪…"),
+        ("👍🏽👍🏽", 3, "👍🏽…"),
+        ("👍🏽", 1, ""),
+        ("❤️x", 1, ""),
+        ("हिन्दी", 1, ""),
+    ],
+)
+def test_a_text_is_cut_where_a_reader_sees_a_border(text: str, characters: int, shown: str) -> None:
+    assert cut(text, characters) == shown
+
+
+@given(st.text(max_size=300), st.integers(0, 300))
+def test_a_cut_is_a_beginning_of_the_text(text: str, characters: int) -> None:
+    shown = cut(text, characters)
+    assert shown == text or text.startswith(shown.removesuffix("…").rstrip())
+    assert len(shown) <= characters + 1
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=400), st.text(st.characters(codec="utf-8"), max_size=100))
+def test_what_fits_is_within_the_bound_and_still_utf8(body: str, title: str) -> None:
+    notification = msgspec.structs.replace(HELLO, title=title, body=body)
+    rendered = fit(notification, encode_notification, 220)
+    assert rendered is not None
+    assert len(rendered) <= 220
+    shown = json.loads(rendered)
+    assert shown["data"] == HELLO.data
+    if shown.get("body", "") != body and body:
+        # The title is cut only when no body is left.
+        assert shown.get("title", "") == title or not shown.get("body")
+
+
+def test_nothing_is_sent_when_what_the_app_needs_does_not_fit() -> None:
+    assert fit(Notification(id="p", data={"a": "x" * 100}), encode_notification, 100) is None
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("120", 120),
+        ("0", 0),
+        ("", None),
+        ("soon", None),
+        ("-5", None),
+        ("1.5", None),
+        ("9" * 400, 86_400),
+        ("Tue, 14 Nov 2023 22:13:50 GMT", 30),
+        ("Tue, 14 Nov 2023 22:00:00 GMT", 0),
+        ("Tue, 14 Nov 2123 22:00:00 GMT", 86_400),
+        ("Tue, 99 Nov 2023 22:00:00 GMT", None),
+    ],
+)
+def test_the_time_to_wait_is_read_and_bounded(header: str, seconds: float | None) -> None:
+    assert retry_after(Reply(503, {"retry-after": header}, b""), ManualClock()) == seconds
+
+
+def test_a_reason_is_a_word_or_a_status() -> None:
+    assert reason_word("BadDeviceToken", 400) == "BadDeviceToken"
+    for text in (None, 7, "", "two words", "line\nbreak", "x" * 65, "ä", "<script>", "word\n"):
+        assert reason_word(text, 400) == "status_400"
+
+
+def test_a_collapse_key_fits_a_header() -> None:
+    assert collapse_id("ch_1") == "ch_1"
+    for key in ("x" * 65, "ä", "a\nb"):
+        assert len(collapse_id(key)) == 43
+
+
+ACCOUNT = ServiceAccount(project_id="p", client_email="e", private_key="SECRET")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FcmConfig(service_account=ACCOUNT),
+        ApnsConfig(team_id="TEAM123456", key_id="KEY1234567", private_key="SECRET", topic="com.example"),
+        WebPushConfig(subject="mailto:a@b", private_key="SECRET", public_key="PUBLIC"),
+    ],
+)
+def test_secrets_are_not_shown_and_kept_by_a_change_that_leaves_them_out(config: PushConfig) -> None:
+    shown = msgspec.json.encode(without_secrets(config))
+    assert b"SECRET" not in shown
+    assert with_secrets_of(msgspec.json.decode(shown, type=PushConfig), config) == config
+    # Those of another kind are no use.
+    other = FcmConfig(service_account=ServiceAccount(project_id="p", client_email="e"))
+    if not isinstance(config, FcmConfig):
+        assert with_secrets_of(other, config) == other
