@@ -12,6 +12,7 @@ import pytest
 
 from tests.push.conftest import HELLO
 from tidings.server.clock import ManualClock
+from tidings.server.domain.netguard import OutboundPolicy
 from tidings.server.errors import Refusal
 from tidings.server.push import http as adapter
 from tidings.server.push.base import Provider
@@ -117,6 +118,19 @@ async def test_a_redirect_is_not_followed(hook: HookStub, hook_provider: Provide
     hook.answer(TOKEN, Answer(307, headers={"location": f"{hook.url}/push"}))
     assert (await hook_provider.send(TOKEN, HELLO)).kind == "misconfigured"
     assert len(hook.received) == 1
+
+
+async def test_an_endpoint_that_moved_to_the_inside_is_the_set_up_s_fault(
+    hook: HookStub, hook_config: HttpConfig, clock: ManualClock
+) -> None:
+    async def inside(host: str, port: int) -> list[str]:
+        return ["127.0.0.1"]
+
+    strict = PushProviders(OutboundPolicy(), clock, resolve=inside)
+    moved = msgspec.structs.replace(hook_config, url=f"https://mail.example:{hook.port}/push")
+    told = await strict.open(strict.check(moved)).send(TOKEN, HELLO)
+    await strict.aclose()
+    assert (told.kind, told.reason, hook.connections) == ("misconfigured", "address_refused", 0)
 
 
 async def test_a_long_body_is_cut(hook: HookStub, hook_provider: Provider) -> None:

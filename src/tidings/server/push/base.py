@@ -136,14 +136,20 @@ def refuse_token(why: str) -> Refusal:
 
 
 async def ask(
-    client: HttpClient, method: str, url: str, *, headers: dict[str, str], content: bytes | None
+    client: HttpClient,
+    method: str,
+    url: str,
+    *,
+    headers: dict[str, str],
+    content: bytes | None,
+    refused: Kind = "misconfigured",
 ) -> Reply | Outcome:
-    """The provider's answer, or what to make of there being none."""
+    """The provider's answer, or what to make of there being none. `refused`: what it is when the URL is not allowed."""
     try:
         return await client.request(method, url, body_bytes_max=ANSWER_BYTES_MAX, headers=headers, content=content)
     except OutboundRefused:
         # The address is not one that this server connects to, or the answer is not one that it reads.
-        return Outcome(kind="rejected", reason="address_refused")
+        return Outcome(kind=refused, reason="address_refused")
     except httpx.TimeoutException:
         return Outcome(kind="retry", reason="timeout")
     except httpx.TransportError:

@@ -187,8 +187,6 @@ class AccessTokens:
                 self._refusal = None
                 return token
             reply = _token_refusal(reply, document, self._clock)
-        elif reply.kind == "rejected":
-            reply = Outcome(kind="misconfigured", reason=reply.reason)
         self._token = ""
         self._refusal = reply
         # Trouble on the way is over sooner than a wrong key.

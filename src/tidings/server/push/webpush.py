@@ -183,7 +183,10 @@ class WebPushProvider:
         if notification.collapse_key:
             headers["topic"] = topic(notification.collapse_key)
         body = encrypt(plaintext, subscription, salt=self._randomness(16), key=generate_private_key(SECP256R1()))
-        reply = await ask(self._client, "POST", subscription.endpoint, headers=headers, content=body)
+        # The endpoint is this subscription's, and no fault of the set-up.
+        reply = await ask(
+            self._client, "POST", subscription.endpoint, headers=headers, content=body, refused="rejected"
+        )
         return reply if isinstance(reply, Outcome) else outcome(reply, self._clock)
 
     async def close(self) -> None:
