@@ -228,7 +228,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         check="W4",
         why="a provider parks a push for as long as it likes",
-        file="src/tidings/server/push/base.py",
+        file="src/tidings/server/push/asking.py",
         old="return min(max(seconds, 0.0), RETRY_AFTER_SECONDS_MAX)",
         new="return max(seconds, 0.0)",
         tests=["tests/push/test_base.py", "-k", "time_to_wait"],

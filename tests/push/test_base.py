@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.push.conftest import HELLO
+from tests.push.conftest import HELLO, VAPID_KEY
 from tidings.server.clock import ManualClock
+from tidings.server.domain.netguard import OutboundPolicy
+from tidings.server.errors import Refusal
 from tidings.server.outbound import Reply
-from tidings.server.push.base import Notification, collapse_id, cut, encode_notification, fit, reason_word, retry_after
+from tidings.server.push.asking import reason_word, retry_after
+from tidings.server.push.base import Notification, collapse_id, cut, encode_notification, fit
+from tidings.server.push.lazy import LazyProviders
 from tidings.wire.push import (
     ApnsConfig,
     FcmConfig,
@@ -23,6 +29,13 @@ from tidings.wire.push import (
     without_secrets,
 )
 
+LOADED = """
+import sys
+import tidings.server.push.base, tidings.server.push.lazy, tidings.server.clock
+from tidings.server.domain.netguard import OutboundPolicy
+tidings.server.push.lazy.LazyProviders(OutboundPolicy(), tidings.server.clock.SystemClock())
+print(*sorted({"httpx", "aiohttp"} & set(sys.modules)))
+"""
 FAMILY = "👩‍👩‍👧‍👦"
 
 
@@ -122,3 +135,20 @@ def test_secrets_are_not_shown_and_kept_by_a_change_that_leaves_them_out(config:
     other = FcmConfig(service_account=ServiceAccount(project_id="p", client_email="e"))
     if not isinstance(config, FcmConfig):
         assert with_secrets_of(other, config) == other
+
+
+def test_who_only_decides_about_pushes_loads_no_http_client() -> None:
+    done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+async def test_the_providers_are_loaded_when_they_are_needed() -> None:
+    lazy = LazyProviders(OutboundPolicy(), ManualClock())
+    await lazy.aclose()
+    config = WebPushConfig(subject="mailto:a@clinic.example", private_key=VAPID_KEY)
+    assert isinstance(lazy.check(config), WebPushConfig)
+    await lazy.load()
+    with pytest.raises(Refusal):
+        lazy.check_token(config, "no subscription")
+    assert (await lazy.open(config).send("no subscription", HELLO)).kind == "token_dead"
+    await lazy.aclose()

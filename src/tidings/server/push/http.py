@@ -14,18 +14,15 @@ import msgspec
 from tidings.server.clock import Clock
 from tidings.server.domain.netguard import OutboundPolicy
 from tidings.server.outbound import OutboundRefused, Reply, check_url
+from tidings.server.push.asking import HttpClient, ask, reason_word, retry_after
 from tidings.server.push.base import (
     TOKEN_CHARS_MAX,
-    HttpClient,
     Kind,
     Notification,
     Outcome,
-    ask,
     fit,
-    reason_word,
     refuse_field,
     refuse_token,
-    retry_after,
 )
 from tidings.wire.push import HttpConfig
 
