@@ -242,6 +242,14 @@ MUTANTS: list[Mutant] = [
         tests=["tests/push/test_base.py", "-k", "reader_sees"],
     ),
     Mutant(
+        check="W4",
+        why="an answer that is a riddle ends the sender",
+        file="src/tidings/server/push/asking.py",
+        old="    except (ValueError, RecursionError):",
+        new="    except msgspec.DecodeError:",
+        tests=["tests/push/test_base.py", "-k", "no_answer"],
+    ),
+    Mutant(
         check="D3",
         why="an unsafe store is accepted without being asked for by name",
         file="src/tidings/server/config.py",

@@ -16,6 +16,7 @@ from tidings.server.clock import ManualClock
 from tidings.server.domain.netguard import OutboundPolicy
 from tidings.server.errors import Refusal
 from tidings.server.outbound import Reply
+from tidings.server.push import apns, fcm, http, webpush
 from tidings.server.push.asking import reason_word, retry_after
 from tidings.server.push.base import Notification, collapse_id, cut, encode_notification, fit
 from tidings.server.push.lazy import LazyProviders
@@ -102,6 +103,51 @@ def test_nothing_is_sent_when_what_the_app_needs_does_not_fit() -> None:
 )
 def test_the_time_to_wait_is_read_and_bounded(header: str, seconds: float | None) -> None:
     assert retry_after(Reply(503, {"retry-after": header}, b""), ManualClock()) == seconds
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(max_size=20)
+    | st.sampled_from(["BadDeviceToken", "UNREGISTERED"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["error", "status", "details", "@type", "errorCode", "fieldViolations", "reason", "errno", "id", "name"]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+RIDDLES = [
+    b"[" * 60_000,
+    b'{"error":' * 10_000,
+    b'"\xff"',
+    b'{"reason":"\xed\xa0\x80"}',
+    b'{"errno":1e999}',
+    b"",
+    b"null",
+]
+
+
+@given(
+    st.integers(100, 599), JSON.map(lambda value: json.dumps(value).encode()) | st.binary() | st.sampled_from(RIDDLES)
+)
+def test_no_answer_can_make_an_adapter_fail(status: int, body: bytes) -> None:
+    for adapter in (apns, fcm, http, webpush):
+        told = adapter.outcome(Reply(status, {}, body), ManualClock())
+        assert (told.kind == "accepted") == (told.reason == "accepted")
+        assert len(told.reason) <= 64
+
+
+def test_no_subscription_can_make_its_reader_fail() -> None:
+    for token in ('{"x":' * 800, "[" * 4000, '{"endpoint":"https://[::1/","keys":{"p256dh":"","auth":""}}', "\ud800"):
+        with pytest.raises(ValueError):
+            webpush.read_subscription(token)
 
 
 def test_a_reason_is_a_word_or_a_status() -> None:

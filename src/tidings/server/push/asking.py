@@ -2,9 +2,10 @@
 
 import email.utils
 import re
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import httpx
+import msgspec
 
 from tidings.server.clock import Clock
 from tidings.server.outbound import TOTAL_SECONDS, OutboundRefused, Reply
@@ -75,3 +76,12 @@ _REASON: Final = re.compile(r"[A-Za-z0-9_.\-]{1,64}\Z")
 def reason_word(text: object, status: int) -> str:
     """The provider's word if it is one, `status_404` otherwise: it goes to logs and traces."""
     return text if isinstance(text, str) and _REASON.match(text) else f"status_{status}"
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """The object that `body` is; empty when it is something else: a proxy's page, a sentence, a riddle."""
+    try:
+        value = msgspec.json.decode(body)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

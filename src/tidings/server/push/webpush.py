@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from tidings.server.clock import Clock
 from tidings.server.domain.netguard import OutboundPolicy
 from tidings.server.outbound import OutboundRefused, Reply, check_url
-from tidings.server.push.asking import HttpClient, ask, reason_word, retry_after
+from tidings.server.push.asking import HttpClient, ask, json_object, reason_word, retry_after
 from tidings.server.push.base import (
     TOKEN_CHARS_MAX,
     Kind,
@@ -130,7 +130,7 @@ def read_subscription(token: str) -> Subscription:
         raise ValueError(f"longer than {TOKEN_CHARS_MAX} characters")
     try:
         given = msgspec.json.decode(token, type=PushSubscription)
-    except (msgspec.DecodeError, UnicodeEncodeError):
+    except (ValueError, RecursionError):
         raise ValueError("JSON with endpoint, keys.p256dh and keys.auth is expected") from None
     try:
         point, auth = decoded(given.keys.p256dh), decoded(given.keys.auth)
@@ -260,15 +260,9 @@ def outcome(reply: Reply, clock: Clock) -> Outcome:
 
 def _reason(reply: Reply) -> object:
     """Safari's `reason`, Firefox's `errno`; the others answer in sentences."""
-    try:
-        document = msgspec.json.decode(reply.body)
-    except msgspec.DecodeError:
-        return None
-    if not isinstance(document, dict):
-        return None
-    if isinstance(document.get("errno"), int):
-        return f"errno_{document['errno']}"
-    return document.get("reason")
+    document = json_object(reply.body)
+    errno = document.get("errno")
+    return f"errno_{errno}" if isinstance(errno, int) else document.get("reason")
 
 
 def public_bytes(key: EllipticCurvePublicKey) -> bytes:
