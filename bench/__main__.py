@@ -52,6 +52,7 @@ SCENARIOS = (
     Scenario("doubts", "a node cut off: 20,000 sessions asked about again", "doubts"),
     Scenario("healing", "a lost last event among 80,000 streams of a node", "doubts", "run_healing"),
     Scenario("browser", "the JavaScript SDK in Chromium: 1,000 messages/s, and 10,000 that were missed", "browser"),
+    Scenario("webpush", "Web Push to a sink: encrypted and sent", "webpush"),
     Scenario("start", "from the command to an answer", "start"),
 )
 

@@ -491,6 +491,27 @@ async def test_the_next_address_is_tried_when_one_does_not_answer() -> None:
             assert (await plain.get(url)).status_code == 200
 
 
+async def test_a_host_that_hangs_holds_its_share_of_the_connections_and_no_more() -> None:
+    async with stub_server() as hanging, stub_server() as other:
+        hanging.gate.clear()
+        client = PooledClient(OutboundPolicy(networks=("127.0.0.1/32",)), connections_max=6, connections_per_host_max=4)
+        async with asyncio.TaskGroup() as group:
+            waiting = [
+                group.create_task(client.request("GET", hanging.url, body_bytes_max=100, total_seconds=20))
+                for _ in range(10)
+            ]
+            while len(hanging.requests) < 4:
+                await asyncio.sleep(0)
+            # Who waits for a connection waits within the time that was given.
+            with pytest.raises(httpx.TimeoutException):
+                await client.request("GET", hanging.url, body_bytes_max=100, total_seconds=0.1)
+            assert (await client.request("GET", other.url, body_bytes_max=100)).status == 200
+            assert len(hanging.requests) == 4
+            hanging.gate.set()
+        assert [task.result().status for task in waiting] == [200] * 10
+        await client.aclose()
+
+
 @CLIENTS
 async def test_a_redirect_is_returned_and_not_followed(kind: type[Client]) -> None:
     async with stub_server() as outside, stub_server() as inside:

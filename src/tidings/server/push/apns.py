@@ -15,18 +15,15 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from tidings.server.clock import Clock
 from tidings.server.domain.netguard import OutboundPolicy
 from tidings.server.outbound import OutboundRefused, Reply, check_url
+from tidings.server.push.asking import HttpClient, ask, json_object, reason_word, retry_after
 from tidings.server.push.base import (
-    HttpClient,
     Kind,
     Notification,
     Outcome,
-    ask,
     collapse_id,
     fit,
-    reason_word,
     refuse_field,
     refuse_token,
-    retry_after,
     ttl_of,
 )
 from tidings.wire.push import ApnsConfig
@@ -229,11 +226,7 @@ def outcome(reply: Reply, clock: Clock) -> Outcome:
 
 
 def _reason(reply: Reply) -> str:
-    try:
-        document = msgspec.json.decode(reply.body)
-    except msgspec.DecodeError:
-        return ""
-    reason = document.get("reason") if isinstance(document, dict) else None
+    reason = json_object(reply.body).get("reason")
     return reason if isinstance(reason, str) else ""
 
 

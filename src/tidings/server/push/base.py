@@ -2,30 +2,23 @@
 
 An adapter speaks one provider's protocol and obeys its error table. It knows neither devices nor preferences, keeps
 nothing but short-lived credentials, and never raises: a push is one of many, and its end must not be another's.
+
+Loading this module loads no HTTP client: who decides about pushes need not pay for sending them.
 """
 
 import base64
-import email.utils
 import hashlib
-import re
 import unicodedata
 from collections.abc import Callable
 from typing import Final, Literal, Protocol, TypeAlias
 
-import httpx
 import msgspec
 
-from tidings.server.clock import Clock
 from tidings.server.errors import Refusal
-from tidings.server.outbound import TOTAL_SECONDS, OutboundRefused, Reply
 from tidings.wire.push import PushConfig
 
 # FCM's registration tokens have about 170 characters, a browser's subscription about 600.
 TOKEN_CHARS_MAX: Final = 4096
-# Providers answer with a sentence or a small document.
-ANSWER_BYTES_MAX: Final = 64 << 10
-# Longer than a day, and the notification has lost its point; a provider must not be able to park a job for ever.
-RETRY_AFTER_SECONDS_MAX: Final = 86_400.0
 # FCM keeps a notification for four weeks at the most, and the others do not keep it longer.
 TTL_SECONDS_MAX: Final = 28 * 86_400
 # Of `apns-collapse-id`, the narrowest but for the Topic of Web Push, which is always a fingerprint.
@@ -92,23 +85,6 @@ class Provider(Protocol):
         ...
 
 
-class HttpClient(Protocol):
-    """What `GuardedClient` and `PooledClient` have in common."""
-
-    async def request(
-        self,
-        method: str,
-        url: str,
-        *,
-        body_bytes_max: int,
-        headers: dict[str, str] | None = None,
-        content: bytes | None = None,
-        total_seconds: float = TOTAL_SECONDS,
-    ) -> Reply:
-        """See `tidings.server.outbound.GuardedClient.request`."""
-        ...
-
-
 class Providers(Protocol):
     """Makes providers from what apps have set up; the one of `push/factory.py`, chosen by app.py."""
 
@@ -125,7 +101,10 @@ class Providers(Protocol):
         ...
 
     def open(self, config: PushConfig) -> Provider:
-        """The provider of a configuration that was checked. Holds no connection until it sends."""
+        """The provider of a configuration that was checked. Holds no connection until it sends.
+
+        Keep it for as long as the configuration stands: it holds access tokens, which providers give out sparingly.
+        """
         ...
 
 
@@ -137,44 +116,6 @@ def refuse_field(field: str, why: str) -> Refusal:
 def refuse_token(why: str) -> Refusal:
     """The refusal of a device's token, which is never shown."""
     return Refusal("invalid_field", why, field="token")
-
-
-async def ask(
-    client: HttpClient, method: str, url: str, *, headers: dict[str, str], content: bytes | None
-) -> Reply | Outcome:
-    """The provider's answer, or what to make of there being none."""
-    try:
-        return await client.request(method, url, body_bytes_max=ANSWER_BYTES_MAX, headers=headers, content=content)
-    except OutboundRefused:
-        # The address is not one that this server connects to, or the answer is not one that it reads.
-        return Outcome(kind="rejected", reason="address_refused")
-    except httpx.TimeoutException:
-        return Outcome(kind="retry", reason="timeout")
-    except httpx.TransportError:
-        return Outcome(kind="retry", reason="unreachable")
-
-
-def retry_after(reply: Reply, clock: Clock) -> float | None:
-    """Seconds that the answer asks to wait (RFC 9110, 10.2.3: a number or a date), within bounds."""
-    text = reply.headers.get("retry-after", "").strip()
-    if not text:
-        return None
-    if text.isascii() and text.isdigit():
-        seconds = float(text[:10])
-    else:
-        try:
-            seconds = email.utils.parsedate_to_datetime(text).timestamp() - clock.now_ms() / 1000
-        except (ValueError, TypeError, OverflowError):
-            return None
-    return min(max(seconds, 0.0), RETRY_AFTER_SECONDS_MAX)
-
-
-_REASON: Final = re.compile(r"[A-Za-z0-9_.\-]{1,64}\Z")
-
-
-def reason_word(text: object, status: int) -> str:
-    """The provider's word if it is one, `status_404` otherwise: it goes to logs and traces."""
-    return text if isinstance(text, str) and _REASON.match(text) else f"status_{status}"
 
 
 def ttl_of(notification: Notification) -> int:

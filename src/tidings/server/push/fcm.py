@@ -16,19 +16,16 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from tidings.server.clock import Clock
 from tidings.server.domain.netguard import OutboundPolicy
 from tidings.server.outbound import OutboundRefused, Reply, check_url
+from tidings.server.push.asking import HttpClient, ask, json_object, reason_word, retry_after
 from tidings.server.push.base import (
     TOKEN_CHARS_MAX,
-    HttpClient,
     Kind,
     Notification,
     Outcome,
-    ask,
     collapse_id,
     fit,
-    reason_word,
     refuse_field,
     refuse_token,
-    retry_after,
     ttl_of,
 )
 from tidings.wire.push import FcmConfig
@@ -117,7 +114,7 @@ class FcmProvider:
         if isinstance(access, Outcome):
             return access
         reply = await self._post(access, content)
-        if isinstance(reply, Reply) and reply.status == 401 and not _fcm_code(_document(reply)):
+        if isinstance(reply, Reply) and reply.status == 401 and not _fcm_code(json_object(reply.body)):
             renewed = await self._access.get(instead_of=access)
             if isinstance(renewed, Outcome):
                 return renewed
@@ -178,7 +175,7 @@ class AccessTokens:
             content=urlencode({"grant_type": GRANT, "assertion": assertion}).encode(),
         )
         if isinstance(reply, Reply):
-            document = _document(reply)
+            document = json_object(reply.body)
             token, seconds = document.get("access_token"), document.get("expires_in", ASSERTION_SECONDS)
             if reply.status == 200 and isinstance(token, str) and token and isinstance(seconds, int):
                 self._token = token
@@ -187,8 +184,6 @@ class AccessTokens:
                 self._refusal = None
                 return token
             reply = _token_refusal(reply, document, self._clock)
-        elif reply.kind == "rejected":
-            reply = Outcome(kind="misconfigured", reason=reply.reason)
         self._token = ""
         self._refusal = reply
         # Trouble on the way is over sooner than a wrong key.
@@ -249,7 +244,7 @@ def render(notification: Notification, token: str) -> bytes:
 
 def outcome(reply: Reply, clock: Clock) -> Outcome:
     """What an answer means, by the tables above."""
-    document, status = _document(reply), reply.status
+    document, status = json_object(reply.body), reply.status
     if status == 200:
         name = document.get("name")
         return Outcome(
@@ -318,14 +313,6 @@ def _violations(error: dict[str, Any]) -> list[Any]:
         violations = _mapping(detail).get("fieldViolations")
         found += violations if isinstance(violations, list) else []
     return found
-
-
-def _document(reply: Reply) -> dict[str, Any]:
-    """The answer as JSON; empty when it is something else (a proxy's page)."""
-    try:
-        return _mapping(msgspec.json.decode(reply.body))
-    except msgspec.DecodeError:
-        return {}
 
 
 def _mapping(value: object) -> dict[str, Any]:

@@ -7,25 +7,22 @@ says, so that the libraries of `standardwebhooks` verify it.
 import base64
 import binascii
 import hmac
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
 from tidings.server.clock import Clock
 from tidings.server.domain.netguard import OutboundPolicy
 from tidings.server.outbound import OutboundRefused, Reply, check_url
+from tidings.server.push.asking import HttpClient, ask, json_object, reason_word, retry_after
 from tidings.server.push.base import (
     TOKEN_CHARS_MAX,
-    HttpClient,
     Kind,
     Notification,
     Outcome,
-    ask,
     fit,
-    reason_word,
     refuse_field,
     refuse_token,
-    retry_after,
 )
 from tidings.wire.push import HttpConfig
 
@@ -126,7 +123,7 @@ def outcome(reply: Reply, clock: Clock) -> Outcome:
     kind = ERRORS.get(status)
     if kind is None:
         kind = "accepted" if 200 <= status < 300 else "retry" if status >= 500 else "misconfigured"
-    document = _document(reply)
+    document = json_object(reply.body)
     if kind == "accepted":
         given = document.get("id")
         return Outcome(
@@ -134,14 +131,6 @@ def outcome(reply: Reply, clock: Clock) -> Outcome:
         )
     wait = retry_after(reply, clock) if kind == "retry" else None
     return Outcome(kind=kind, reason=reason_word(document.get("reason"), status), status=status, retry_after=wait)
-
-
-def _document(reply: Reply) -> dict[str, Any]:
-    try:
-        document = msgspec.json.decode(reply.body)
-    except msgspec.DecodeError:
-        return {}
-    return document if isinstance(document, dict) else {}
 
 
 def _secret_bytes(secret: str) -> bytes:

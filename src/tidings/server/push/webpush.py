@@ -30,19 +30,16 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from tidings.server.clock import Clock
 from tidings.server.domain.netguard import OutboundPolicy
 from tidings.server.outbound import OutboundRefused, Reply, check_url
+from tidings.server.push.asking import HttpClient, ask, json_object, reason_word, retry_after
 from tidings.server.push.base import (
     TOKEN_CHARS_MAX,
-    HttpClient,
     Kind,
     Notification,
     Outcome,
-    ask,
     encode_notification,
     fit,
-    reason_word,
     refuse_field,
     refuse_token,
-    retry_after,
     ttl_of,
 )
 from tidings.wire.push import PushSubscription, WebPushConfig
@@ -141,7 +138,7 @@ def read_subscription(token: str) -> Subscription:
         raise ValueError(f"longer than {TOKEN_CHARS_MAX} characters")
     try:
         given = msgspec.json.decode(token, type=PushSubscription)
-    except (msgspec.DecodeError, UnicodeEncodeError):
+    except (ValueError, RecursionError):
         raise ValueError("JSON with endpoint, keys.p256dh and keys.auth is expected") from None
     try:
         point, auth = decoded(given.keys.p256dh), decoded(given.keys.auth)
@@ -191,7 +188,10 @@ class WebPushProvider:
         if notification.collapse_key:
             headers["topic"] = topic(notification.collapse_key)
         body = encrypt(plaintext, subscription, salt=self._randomness(16), key=generate_private_key(SECP256R1()))
-        reply = await ask(self._client, "POST", subscription.endpoint, headers=headers, content=body)
+        # The endpoint is this subscription's, and no fault of the set-up.
+        reply = await ask(
+            self._client, "POST", subscription.endpoint, headers=headers, content=body, refused="rejected"
+        )
         return reply if isinstance(reply, Outcome) else outcome(reply, self._clock)
 
     async def close(self) -> None:
@@ -268,15 +268,9 @@ def outcome(reply: Reply, clock: Clock) -> Outcome:
 
 def _reason(reply: Reply) -> object:
     """Safari's `reason`, Firefox's `errno`; the others answer in sentences."""
-    try:
-        document = msgspec.json.decode(reply.body)
-    except msgspec.DecodeError:
-        return None
-    if not isinstance(document, dict):
-        return None
-    if isinstance(document.get("errno"), int):
-        return f"errno_{document['errno']}"
-    return document.get("reason")
+    document = json_object(reply.body)
+    errno = document.get("errno")
+    return f"errno_{errno}" if isinstance(errno, int) else document.get("reason")
 
 
 def public_bytes(key: EllipticCurvePublicKey) -> bytes:

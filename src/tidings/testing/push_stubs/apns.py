@@ -64,7 +64,7 @@ class ApnsStub(PushStub):
     async def start(self) -> None:
         """Listen with TLS; HTTP/2 is all that is spoken."""
         if not self.certificate.exists():
-            _write_certificate(self.certificate, self._tls_key)
+            write_certificate(self.certificate, self._tls_key)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self.certificate, self._tls_key)
         context.set_alpn_protocols(["h2"])
@@ -174,7 +174,8 @@ class ApnsStub(PushStub):
         return None
 
 
-def _write_certificate(path: Path, key_path: Path) -> None:
+def write_certificate(path: Path, key_path: Path) -> None:
+    """A certificate for 127.0.0.1 that nobody else trusts, and its key, as PEM."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
     now = datetime.datetime.now(datetime.UTC)
