@@ -72,6 +72,7 @@ WORDS = {
     Permission.JOB_MANAGE: "See what is done behind the scenes, and have what was given up tried again",
     Permission.TRACE_READ: "See what became of a message, on which device and by which push, without what it says",
     Permission.PUSH_MANAGE: "Set push providers up, and try whether a device would be woken",
+    Permission.WEBHOOK_MANAGE: "Set webhooks up, see what was sent to them, send it again",
 }
 
 SCOPES = {

@@ -86,6 +86,7 @@ audit.read                .    .    .    x     .    .    .    .     .     .
 job.manage                .    .    .    x     .    .    .    .     .     .
 trace.read                .    .    .    x     .    .    .    .     .     .
 push.manage               .    .    .    x     .    .    .    .     .     .
+webhook.manage            .    .    .    x     .    .    .    .     .     .
 """
 
 LINES = {cells[0]: cells[1:] for cells in (line.split() for line in TABLE.splitlines()[2:])}

@@ -416,6 +416,10 @@ class Metrics(Collector):
             "jobs_overdue_seconds", "How long the oldest due job has been waiting.", "kind"
         )
         self.jobs_share = self._gauge("jobs_share", "How much of their room jobs get: less while the loop is busy.")
+        self.webhook_deliveries = self._counters("webhook_deliveries_total", "Attempts to tell webhooks.", "outcome")
+        self.webhooks_disabled = self._counters(
+            "webhooks_disabled_total", "Webhooks that the server has switched off: gone, failing.", "reason"
+        )
         self.pushes = self._counters("pushes_total", "Decisions and attempts of pushes.", "outcome", "reason")
         self.push_misconfigured = self._counters(
             "push_misconfigured_total", "Times that a push provider said that its set-up is wrong.", "provider"

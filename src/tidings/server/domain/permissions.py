@@ -66,6 +66,7 @@ class Permission(StrEnum):
     JOB_MANAGE = "job.manage"
     TRACE_READ = "trace.read"
     PUSH_MANAGE = "push.manage"
+    WEBHOOK_MANAGE = "webhook.manage"
 
 
 # A set of permissions as a bit mask: one machine word's worth of work to check on the hot path.
@@ -157,6 +158,7 @@ APP_ROLES: Final[dict[str, frozenset[Permission]]] = {
         P.JOB_MANAGE,
         P.TRACE_READ,
         P.PUSH_MANAGE,
+        P.WEBHOOK_MANAGE,
     },
 }
 

@@ -48,6 +48,12 @@ class Action(StrEnum):
     MEMBER_REMOVED = "member.removed"
     PUSH_PROVIDER_PUT = "push_provider.put"
     PUSH_PROVIDER_DELETED = "push_provider.deleted"
+    WEBHOOK_CREATED = "webhook.created"
+    WEBHOOK_UPDATED = "webhook.updated"
+    WEBHOOK_DELETED = "webhook.deleted"
+    WEBHOOK_ROTATED = "webhook.rotated"
+    WEBHOOK_REPLAYED = "webhook.replayed"
+    WEBHOOK_DISABLED = "webhook.disabled"
     JOBS_RETRIED = "job.retried"
     JOB_DROPPED = "job.dropped"
 
