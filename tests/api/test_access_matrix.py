@@ -96,6 +96,17 @@ ROWS: dict[str, Row] = {
     "app.put_relation": app(BACKEND, (404, 403), body={"kind": "panel", "user": "member", "other": "outsider"}),
     "app.delete_relation": app(ADMIN, (404, 403), query={"kind": "panel", "user": "owner", "other": "target"}),
     "app.audit": app(ADMIN),
+    "webhooks.list": app(ADMIN),
+    "webhooks.create": app(ADMIN, (201, 403), body={"url": "https://api.example.com/hook"}),
+    "webhooks.get": app(ADMIN, (404, 403)),
+    "webhooks.update": app(ADMIN, (404, 403), body={"description": "d"}),
+    "webhooks.delete": app(ADMIN, (404, 403)),
+    "webhooks.rotate": app(ADMIN, (404, 403), body={}),
+    # It is sent to a name that nobody has.
+    "webhooks.test": app(ADMIN, (404, 403)),
+    "webhooks.deliveries": app(ADMIN, (404, 403)),
+    "webhooks.delivery": app(ADMIN, (404, 403)),
+    "webhooks.replay": app(ADMIN, (404, 403), body={"since": "2026-01-01T00:00:00Z"}),
     "push.providers": app(ADMIN),
     "push.put_provider": app(ADMIN, body={"config": {"kind": "webpush", "subject": "mailto:ops@example.com"}}),
     "push.delete_provider": app(ADMIN, (404, 403)),
@@ -218,6 +229,14 @@ class Stage:
                 if op == "app.delete_provider":
                     body = {"jwks_url": "https://id.example.com/jwks"}
                     values["provider"] = (await world.ok("backend", "POST", "/v1/app/identity-providers", body))["id"]
+            case str() if op.startswith("webhooks."):
+                for one in (await world.ok("backend", "GET", "/v1/webhooks"))["items"]:
+                    await world.ok("backend", "DELETE", f"/v1/webhooks/{one['id']}")
+                made = await world.ok("backend", "POST", "/v1/webhooks", {"url": "https://hook.invalid/"})
+                values["webhook"] = made["id"]
+                if op == "webhooks.delivery":
+                    tried = await world.ok("backend", "POST", f"/v1/webhooks/{made['id']}/test")
+                    values["delivery"] = tried["delivery"]["id"]
             case "push.delete_provider" | "push.webpush_key" | "notifications.put_token" | "notifications.remove_token":
                 body: Any = {"config": {"kind": "webpush", "subject": "mailto:ops@example.com"}}
                 await world.ok("backend", "PUT", "/v1/push/providers/vapid", body)

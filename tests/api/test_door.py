@@ -67,7 +67,15 @@ async def test_fields_that_only_the_server_writes_are_refused_by_name(
 ) -> None:
     declared = next(one for one in served.rest.state.operations if one.id == op)
     path = declared.path.format(
-        channel="c", message="m", user="alice", level="app", role="r", type="t", device="d", push_provider="p"
+        channel="c",
+        message="m",
+        user="alice",
+        level="app",
+        role="r",
+        type="t",
+        device="d",
+        push_provider="p",
+        webhook="w",
     )
     for field in fields:
         body = {**example_of(declared.body), field: "2026-01-01T00:00:00Z"}

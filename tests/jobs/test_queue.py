@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tidings.server.services.queue import BULK, URGENT, Ending, Put, cancel, cancel_beginning
+from tidings.server.services.queue import BULK, URGENT, Ending, Put, cancel, cancel_beginning, put
 from tidings.server.store.base import Tx
 
 from .conftest import Desk
@@ -187,3 +187,24 @@ async def test_the_depth_says_what_waits_and_since_when(desk: Desk) -> None:
     await desk.claim(1)
     depth = (await desk.queue.depth())["work"]
     assert (depth.waiting, depth.claimed, depth.dead, depth.oldest) == (2, 1, 0, now - 5_000)
+
+
+async def test_a_job_that_takes_itself_away_takes_no_other_with_it(desk: Desk) -> None:
+    await desk.work("old")
+    (job,) = await desk.claim()
+
+    async def unit(tx: Tx) -> None:
+        await cancel(tx, "work", 1, "old")
+        await put(tx, [Put("work", "new", 1)], now=desk.clock.now_ms())
+
+    await desk.queue.end([Ending(job, unit=unit)])
+    assert [job.key for job in await desk.claim()] == ["new"]
+    await desk.work("older")
+    (job,) = [one for one in await desk.claim() if one.key == "older"]
+
+    async def again(tx: Tx) -> None:
+        await cancel(tx, "work", 1, "older")
+        await put(tx, [Put("work", "newer", 1, desk.clock.now_ms() + 9)], now=desk.clock.now_ms())
+
+    await desk.queue.end([Ending(job, due_at=1, payload=b"mine", unit=again)])
+    assert await desk.queue.next_due(["work"]) == desk.clock.now_ms() + 9

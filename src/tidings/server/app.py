@@ -32,7 +32,10 @@ from tidings.server.gateway.http import http_routes
 from tidings.server.jobs.health import probe_store
 from tidings.server.jobs.push import push_kinds
 from tidings.server.jobs.relay import Reader, Relay
+from tidings.server.jobs.webhooks import webhook_kinds
 from tidings.server.jobs.worker import Kind, Pressure, Worker
+from tidings.server.posting import Poster
+from tidings.server.push.lazy import LazyProviders
 from tidings.server.services import Services
 from tidings.server.services.access import AccessService
 from tidings.server.services.admin import Admin
@@ -52,19 +55,17 @@ from tidings.server.services.sync import Sync
 from tidings.server.services.tokens import TokenVerifier
 from tidings.server.services.trace import Trace
 from tidings.server.services.users import Users
+from tidings.server.services.webhooks import WebhookReader, Webhooks
 from tidings.server.store.base import Store
 from tidings.server.store.sqlite import SqliteStore
 from tidings.server.systemd import notify, watchdog, watchdog_seconds
 from tidings.server.tasks import Tasks
 from tidings.server.telemetry import Metrics, get_logger, watch_event_loop
 from tidings.wire.codec import encode
-from tidings.wire.push import PushConfig
 
 if TYPE_CHECKING:
     from tidings.server.bus.nats_link import Credentials
     from tidings.server.outbound import GuardedClient
-    from tidings.server.push.base import Provider
-    from tidings.server.push.factory import PushProviders
     from tidings.server.store.migrations import Plan
     from tidings.server.tracing import Tracing
 
@@ -92,7 +93,8 @@ class Core:
     jwks: JwksCache
     queue: Queue
     push: Push
-    providers: LatePushProviders
+    providers: LazyProviders
+    poster: Poster
     tracing: Tracing | None = None
 
     async def close(self) -> None:
@@ -101,6 +103,7 @@ class Core:
         await self.jwks.aclose()
         await self.push.close()
         await self.providers.aclose()
+        await self.poster.aclose()
         await self.bus.close()
         await self.services.store.close()
         if self.tracing is not None:
@@ -168,7 +171,8 @@ def compose(
     auth = Auth(store, apps, changes, users, TokenVerifier(clock, jwks), bus, clock, ids)
     queue = Queue(store, clock, ids)
     outbound = OutboundPolicy(hosts=tuple(config.outbound_allow_hosts))
-    providers = LatePushProviders(outbound, clock)
+    providers = LazyProviders(outbound, clock)
+    poster = Poster(outbound)
     push = Push(store, apps, bus, providers, clock, ids, metrics)
     services = Services(
         store=store,
@@ -186,10 +190,11 @@ def compose(
         sync=sync,
         jobs=JobsService(store, queue, clock, ids),
         trace=Trace(store, bus),
+        webhooks=Webhooks(store, apps, poster, clock, ids, metrics),
         notifications=Notifications(store, apps, access, changes, providers, clock, ids),
         bus=bus,
     )
-    return Core(services, bus, keyring, changes, metrics, jwks, queue, push, providers, tracing)
+    return Core(services, bus, keyring, changes, metrics, jwks, queue, push, providers, poster, tracing)
 
 
 def _tracing(config: Config) -> Tracing | None:
@@ -242,43 +247,6 @@ def _outbound_client(policy: OutboundPolicy) -> GuardedClient:
     from tidings.server.outbound import GuardedClient
 
     return GuardedClient(policy)
-
-
-class LatePushProviders:
-    """The push providers, whose HTTP client is loaded when the first is used: most starts do without."""
-
-    def __init__(self, policy: OutboundPolicy, clock: Clock) -> None:
-        self._policy = policy
-        self._clock = clock
-        self._made: PushProviders | None = None
-
-    def check(self, config: PushConfig) -> PushConfig:
-        """See `push.base.Providers`."""
-        return self._all().check(config)
-
-    def complete(self, config: PushConfig) -> PushConfig:
-        """See `push.base.Providers`."""
-        return self._all().complete(config)
-
-    def check_token(self, config: PushConfig, token: str) -> None:
-        """See `push.base.Providers`."""
-        self._all().check_token(config, token)
-
-    def open(self, config: PushConfig) -> Provider:
-        """See `push.base.Providers`."""
-        return self._all().open(config)
-
-    def _all(self) -> PushProviders:
-        if self._made is None:
-            from tidings.server.push.factory import PushProviders
-
-            self._made = PushProviders(self._policy, self._clock)
-        return self._made
-
-    async def aclose(self) -> None:
-        """Close what was opened."""
-        if self._made is not None:
-            await self._made.aclose()
 
 
 @dataclass(slots=True, frozen=True)
@@ -418,8 +386,8 @@ class Jobs:
 def jobs(core: Core, *, pressure: bool) -> Jobs:
     """Everything that is done behind the scenes. `pressure`: beside people's messages, for which it makes room."""
     services = core.services
-    readers: list[Reader] = [PushReader()]
-    kinds: list[Kind] = push_kinds(core.push)
+    readers: list[Reader] = [PushReader(), WebhookReader()]
+    kinds: list[Kind] = [*push_kinds(core.push), *webhook_kinds(services.webhooks)]
     worker = Worker(core.queue, kinds, services.clock, core.metrics, pressure=Pressure() if pressure else None)
     return Jobs(Relay(services.store, readers, core.bus, services.clock, core.metrics, wake=worker.wake), worker)
 

@@ -36,6 +36,10 @@ class LazyProviders:
         """The configuration as it is to be kept. Raises Refusal(invalid_field) that names the field."""
         return self._providers().check(config)
 
+    def complete(self, config: PushConfig) -> PushConfig:
+        """The configuration with a key made for it where it has none and needs no other's."""
+        return self._providers().complete(config)
+
     def check_token(self, config: PushConfig, token: str) -> None:
         """Raises Refusal(invalid_field) for what cannot be a token of this provider."""
         self._providers().check_token(config, token)

@@ -7,10 +7,30 @@ from typing import Any, Final, get_args, get_origin
 
 import msgspec
 
-from tidings.wire import notifications, push, replies, requests, resources, trace
+from tidings.wire import notifications, push, replies, requests, resources, trace, webhooks
 
 _AT: Final = datetime(2026, 3, 14, 9, 26, 53, 589_000, UTC)
 _LATER: Final = datetime(2026, 3, 14, 10, 0, tzinfo=UTC)
+_WEBHOOK: Final = webhooks.Webhook(
+    id="wh_7f3k",
+    url="https://api.example.com/tidings",
+    events=["message.*"],
+    status="enabled",
+    created_at=_AT,
+    updated_at=_AT,
+    public_key="whpk_MCowBQYDK2VwAyEA",
+)
+_DELIVERY: Final = webhooks.WebhookDelivery(
+    id="dl_01J9ZQ4T8V6N2R5C7XKDMBWEHY",
+    webhook="wh_7f3k",
+    message="msg_7f3k",
+    type="message.created",
+    at=_AT,
+    attempt=1,
+    outcome="delivered",
+    status=204,
+    milliseconds=38,
+)
 _MESSAGE_ID: Final = "m_01J9ZQ4T8V6N2R5C7XKDMBWEHY"
 _KEY: Final = "5f0c7c1e-4b1d-4d5e-9f6a-2b8f1d0c9a11"
 
@@ -81,6 +101,24 @@ _EXAMPLES: Final[tuple[Any, ...]] = (
         died_at=_LATER,
     ),
     resources.JobsRetried(count=7),
+    _WEBHOOK,
+    webhooks.WebhookCreate(url="https://api.example.com/tidings", events=["message.*", "member.added"]),
+    webhooks.WebhookUpdate(status="enabled"),
+    webhooks.WebhookRotate(overlap_hours=24),
+    _DELIVERY,
+    webhooks.WebhookExchange(
+        delivery=_DELIVERY,
+        url="https://api.example.com/tidings",
+        request_headers={
+            "webhook-id": "msg_7f3k",
+            "webhook-timestamp": "1773482645",
+            "webhook-signature": "v1,K5oZfzN95",
+        },
+        request_body='{"type":"message.created"}',
+        response_headers={"content-length": "0"},
+    ),
+    webhooks.WebhookReplay(since=_AT),
+    webhooks.WebhookReplayed(channels=12),
     notifications.PushToken(user="bob", device="phone-1", provider="apns", created_at=_AT, updated_at=_AT),
     notifications.PushTokenPut(provider="apns", token="740f4707bebcf74f9b7c25d48e335894"),  # noqa: S106
     notifications.NotificationPreferences(

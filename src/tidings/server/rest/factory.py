@@ -16,7 +16,7 @@ from tidings.server.services import Services
 from tidings.server.telemetry import Metrics
 from tidings.wire.codec import encode
 
-from . import apps, channels, jobs, members, messages, notifications, receipts, sync, system, users
+from . import apps, channels, jobs, members, messages, notifications, receipts, sync, system, users, webhooks
 from .auth import Gate
 from .docs_page import render_page
 from .door import Door
@@ -98,6 +98,7 @@ def all_operations(
         *receipts.OPERATIONS,
         *sync.OPERATIONS,
         *notifications.OPERATIONS,
+        *webhooks.OPERATIONS,
         *jobs.OPERATIONS,
         *system.OPERATIONS,
         system.metrics_operation(metrics, public=config.metrics_public),

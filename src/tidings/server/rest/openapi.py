@@ -34,6 +34,7 @@ _TAGS: Final = {
     "sync": "Catching up by polling",
     "notifications": "Who is woken, where and when",
     "push": "Push providers",
+    "webhooks": "Where your backend hears of events",
     "jobs": "What is done behind the scenes",
     "system": "For operators and developers",
 }
@@ -63,6 +64,8 @@ _PARAMETERS: Final = {
     "key": ("An API key's id", "k7f3m2"),
     "kid": ("A signing key's id", "s1"),
     "push_provider": ("A push provider's id", "fcm"),
+    "webhook": ("A webhook's id", "wh_7f3k"),
+    "delivery": ("A delivery's id", "dl_01J9ZQ4T8V6N2R5C7XKDMBWEHY"),
     "job": ("A job's id", "job_42"),
     "provider": ("An identity provider's id", "idp_1"),
 }

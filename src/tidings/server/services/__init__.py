@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .sync import Sync
     from .trace import Trace
     from .users import Users
+    from .webhooks import Webhooks
 
 
 @dataclass(slots=True, frozen=True)
@@ -45,4 +46,5 @@ class Services:
     jobs: Jobs
     trace: Trace
     notifications: Notifications
+    webhooks: Webhooks
     bus: Bus | None = None

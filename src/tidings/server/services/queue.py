@@ -237,7 +237,7 @@ class Queue:
                 *ids,
             )
             held = {row[0]: row for row in rows}
-            over: list[int] = []
+            over: list[tuple[int, int]] = []
             later: list[tuple[int | bytes | str | None, ...]] = []
             results = []
             for ending in endings:
@@ -248,22 +248,23 @@ class Queue:
                 results.append(True)
                 if ending.unit is not None:
                     await ending.unit(tx)
-                rearmed = row[2]
+                rearmed, held_by = row[2], (ending.job.id, ending.job.lease)
                 if ending.dead:
-                    later.append((now, ending.job.attempts, ending.payload, ending.error, now, ending.job.id))
+                    later.append((now, ending.job.attempts, ending.payload, ending.error, now, *held_by))
                 elif ending.due_at is not None:
                     due = min(ending.due_at, rearmed) if rearmed and not ending.attempts else ending.due_at
-                    later.append((due, ending.attempts, ending.payload, ending.error, None, ending.job.id))
+                    later.append((due, ending.attempts, ending.payload, ending.error, None, *held_by))
                 elif rearmed:
-                    later.append((rearmed, 0, ending.payload, None, None, ending.job.id))
+                    later.append((rearmed, 0, ending.payload, None, None, *held_by))
                 else:
-                    over.append(ending.job.id)
+                    over.append(held_by)
             if over:
-                await tx.execute(f"DELETE FROM jobs WHERE id IN ({placeholders(over)})", *over)
+                # By the lease, too: a unit may have taken the job away and put another, which gets its number.
+                await tx.many("DELETE FROM jobs WHERE id=? AND lease=?", over)
             if later:
                 await tx.many(
                     "UPDATE jobs SET lease=0, rearmed=0, due_at=?, attempts=?, payload=?, error=?, dead_at=?"
-                    " WHERE id=?",
+                    " WHERE id=? AND lease=?",
                     later,
                 )
             return results

@@ -8,18 +8,16 @@ event happens, order follows from `seq`, and sending again is moving the positio
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from random import Random
 from typing import Any, Final, Literal
 
-import httpx
 import msgspec
 
 from tidings.server.clock import Clock, Ids
 from tidings.server.crypto.keyring import WrappedStreamKey
-from tidings.server.domain.netguard import OutboundPolicy
 from tidings.server.domain.permissions import Permission
 from tidings.server.domain.standard_webhooks import (
     SECRET_BYTES,
@@ -32,8 +30,7 @@ from tidings.server.domain.standard_webhooks import (
     wait_seconds,
 )
 from tidings.server.errors import NotFound, Refusal
-from tidings.server.outbound import OutboundRefused, Reply, check_url
-from tidings.server.push.base import HttpClient
+from tidings.server.posting import Poster
 from tidings.server.store import log as event_log
 from tidings.server.store.base import Row, Store, Tx
 from tidings.server.telemetry import Metrics, get_logger
@@ -179,8 +176,7 @@ class Webhooks:
         self,
         store: Store,
         apps: Apps,
-        client: Callable[[], HttpClient],
-        policy: OutboundPolicy,
+        poster: Poster,
         clock: Clock,
         ids: Ids,
         metrics: Metrics,
@@ -188,8 +184,7 @@ class Webhooks:
     ) -> None:
         self._store = store
         self._apps = apps
-        self._client = client
-        self._policy = policy
+        self._poster = poster
         self._clock = clock
         self._ids = ids
         self._metrics = metrics
@@ -199,7 +194,7 @@ class Webhooks:
 
     # ------------------------------------------------------------ endpoints
 
-    async def list(self, actor: Actor) -> list[Webhook]:
+    async def find(self, actor: Actor) -> list[Webhook]:
         """The app's webhooks, the oldest first."""
         actor.check(P.WEBHOOK_MANAGE)
         context = await self._apps.get(actor.app.id)
@@ -424,7 +419,7 @@ class Webhooks:
             raise Refusal("conflict", "The webhook is disabled: enable it first.", field="webhook")
         now = self._clock.now_ms()
         since = 0 if wanted.since is None else ms_of(wanted.since)
-        until = now if wanted.until is None else min(ms_of(wanted.until), now)
+        until = now + 1 if wanted.until is None else min(ms_of(wanted.until), now + 1)
         line = self._line(actor, Action.WEBHOOK_REPLAYED, id)
         mark = line_id(self._ids)
 
@@ -637,36 +632,24 @@ class Webhooks:
     ) -> Attempt:
         now, began = self._clock.now_ms(), self._clock.monotonic()
         headers = self._signer(context, id, sealed, now).headers(message, now // 1_000, body)
-        reply: Reply | None = None
-        error: str | None = None
+        reply = await self._poster.post(
+            url, headers=headers, body=body, seconds=TIMEOUT_SECONDS, answer_bytes_max=ANSWER_BYTES_MAX
+        )
+        error = reply.error
         outcome: Outcome = "failed"
-        try:
-            reply = await self._client().request(
-                "POST",
-                url,
-                body_bytes_max=ANSWER_BYTES_MAX,
-                headers=headers,
-                content=body,
-                total_seconds=TIMEOUT_SECONDS,
-            )
-        except OutboundRefused as refused:
-            outcome, error = "refused", refused.detail
-        except httpx.TimeoutException:
-            error = f"no answer within {TIMEOUT_SECONDS:g} s"
-        except httpx.TransportError as failure:
-            error = str(failure) or "the connection broke"
-        else:
-            if 200 <= reply.status < 300:
-                outcome = "delivered"
-            elif 300 <= reply.status < 400:
-                error = "redirects are not followed"
+        if reply.refused:
+            outcome = "refused"
+        elif reply.status is not None and 200 <= reply.status < 300:
+            outcome = "delivered"
+        elif reply.status is not None and 300 <= reply.status < 400:
+            error = "redirects are not followed"
         exchange = encode(
             {
                 "url": url,
                 "request_headers": headers,
                 "request_body": body[:LOGGED_BYTES_MAX].decode(errors="replace"),
-                "response_headers": {} if reply is None else dict(reply.headers),
-                "response_body": "" if reply is None else reply.body[:LOGGED_BYTES_MAX].decode(errors="replace"),
+                "response_headers": dict(reply.headers),
+                "response_body": reply.body[:LOGGED_BYTES_MAX].decode(errors="replace"),
             }
         )
         delivery = f"dl_{self._ids.new_message_id()[2:]}"
@@ -681,13 +664,11 @@ class Webhooks:
             now,
             number,
             outcome,
-            None if reply is None else reply.status,
+            reply.status,
             round((self._clock.monotonic() - began) * 1_000),
             error,
             context.cipher.seal(exchange, f"delivery:{delivery}".encode()),
-            None
-            if reply is None or "retry-after" not in reply.headers
-            else retry_after(reply.headers["retry-after"], now),
+            retry_after(reply.headers["retry-after"], now) if "retry-after" in reply.headers else None,
         )
 
     async def _write(self, tx: Tx, app: int, attempts: Sequence[Attempt]) -> None:
@@ -760,7 +741,8 @@ class Webhooks:
         return made
 
     def _keys(self, context: AppContext, id: str, sealed: bytes) -> list[_Key]:
-        return msgspec.json.decode(context.cipher.open(sealed, _item(id)), type=list[_Key])
+        keys: list[_Key] = msgspec.json.decode(context.cipher.open(sealed, _item(id)), type=list[_Key])
+        return keys
 
     def _new_key(self, secret: str | None) -> _Key:
         if secret is None:
@@ -774,10 +756,8 @@ class Webhooks:
         return _Key(base64.b64encode(key).decode(), base64.b64encode(seed).decode())
 
     def _check_url(self, url: str) -> None:
-        try:
-            check_url(url, self._policy)
-        except OutboundRefused as refused:
-            raise Refusal("invalid_field", f"This URL cannot be used: {refused.detail}.", field="url") from None
+        if (wrong := self._poster.check(url)) is not None:
+            raise Refusal("invalid_field", f"This URL cannot be used: {wrong}.", field="url")
 
     async def _row(self, app: int, id: str) -> Row:
         async def unit(tx: Tx) -> Row | None:
@@ -856,7 +836,8 @@ def _exchange(context: AppContext, attempt: Attempt | WebhookDelivery, sealed: b
 
 
 async def _disable(tx: Tx, app: int, id: str, reason: str, now: int) -> bool:
-    """Whether it was enabled before."""
+    """Whether it was enabled before. What waits is given up: once it is enabled again, it hears of what happens
+    then."""
     changed = await tx.execute(
         "UPDATE webhooks SET status='disabled', reason=?, updated_at=? WHERE app=? AND id=? AND status='enabled'",
         reason,
@@ -864,6 +845,9 @@ async def _disable(tx: Tx, app: int, id: str, reason: str, now: int) -> bool:
         app,
         id,
     )
+    if changed:
+        await cancel_beginning(tx, LANE, app, f"{id}/")
+        await cancel_beginning(tx, NOTICE, app, f"{id}/")
     return changed > 0
 
 
@@ -873,7 +857,7 @@ async def _bounds(tx: Tx, app: int, sid: int, since: int, until: int) -> tuple[i
     row = await tx.one("SELECT head, floor FROM streams WHERE sid=?", sid)
     if row is None:
         return 1, 0
-    head, floor = row
+    head, floor = int(row[0]), int(row[1])
 
     async def first_at(moment: int) -> int:
         low, high = floor + 1, head + 1
@@ -881,7 +865,7 @@ async def _bounds(tx: Tx, app: int, sid: int, since: int, until: int) -> tuple[i
             middle = (low + high) // 2
             events = await event_log.events_after(tx, app, sid, middle - 1, 1)
             if events and events[0].at < moment:
-                low = events[0].seq + 1
+                low = int(events[0].seq) + 1
             else:
                 high = middle
         return low
