@@ -70,7 +70,7 @@ async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
     program = next((found for name in _PROGRAMS if (found := shutil.which(name))), None)
     if program is None:
         pytest.skip("Chromium is not installed: `make setup` says how")
-    environment = {**ROOMY, "TIDINGS_DEMO": "on"}
+    environment = {**ROOMY, "TIDINGS_DEMO": "on", "TIDINGS_OUTBOUND_ALLOW_HOSTS": "127.0.0.1"}
     async with AsyncExitStack() as stack:
         server = await stack.enter_async_context(
             ServerProcess(tmp_path / "data", logs=tmp_path / "logs", environment=environment)
