@@ -110,6 +110,7 @@ ROWS: dict[str, Row] = {
     "push.providers": app(ADMIN),
     "push.put_provider": app(ADMIN, body={"config": {"kind": "webpush", "subject": "mailto:ops@example.com"}}),
     "push.delete_provider": app(ADMIN, (404, 403)),
+    "push.test": app(ADMIN, (404, 403), body={"user": "target"}),
     "push.webpush_key": app(EVERY_USER | BACKEND | NARROW, (404, 404)),
     "notifications.tokens": app(ADMIN, (404, 403)),
     "notifications.put_token": app(ADMIN, (404, 403), body={"provider": "vapid", "subscription": SUBSCRIPTION}),

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import pytest
 
 from tidings.server.clock import SystemClock
+from tidings.server.jobs.housekeeping import housekeeping_kind, start_housekeeping
 from tidings.server.jobs.worker import Again, Done, GiveUp, Kind, Pressure, Retry, Worker
 from tidings.server.services.queue import Job, Put
 from tidings.server.store.base import Tx
@@ -259,3 +260,24 @@ async def test_leases_are_renewed_while_a_job_takes_longer(desk: Desk) -> None:
 
     await until(all_done)
     await tasks.close()
+
+
+async def test_logs_are_cut_back_and_it_goes_on(desk: Desk) -> None:
+    now = desk.clock.now_ms()
+    for at in (now - 8 * 86_400_000, now - 6 * 86_400_000):
+        await desk.execute(
+            'INSERT INTO push_log(app,sid,seq,"user",device,id,at,outcome,reason) VALUES (1,1,1,?,?,?,?,?,?)',
+            *("u", "d", f"{at}", at, "skipped", "muted"),
+        )
+        await desk.execute(
+            "INSERT INTO webhook_deliveries(app,webhook,id,message,type,at,attempt,outcome,milliseconds)"
+            " VALUES (1,'w',?,'m','t',?,1,'failed',1)",
+            *(f"{at}", at),
+        )
+    for _ in range(2):
+        await start_housekeeping(desk.store, desk.clock)
+    kind = housekeeping_kind(desk.store, desk.clock, 7)
+    assert await Worker(desk.queue, [kind], desk.clock, desk.metrics).run_due() == 1
+    for table in ("push_log", "webhook_deliveries"):
+        assert await desk.rows(f"SELECT at FROM {table}") == [(now - 6 * 86_400_000,)]
+    assert await desk.queue.next_due([kind.name]) == now + 3_600_000

@@ -19,15 +19,19 @@ from tidings.server.jobs.worker import Worker
 from tidings.server.push.base import Notification, Outcome
 from tidings.server.services.notifications import Notifications
 from tidings.server.services.push import CONNECTED_MS, Push, PushReader
+from tidings.server.services.push_test import PushTester
 from tidings.server.services.queue import Queue
 from tidings.server.services.receipts import Receipts
 from tidings.server.telemetry import Metrics
+from tidings.wire.ids import time_of
 from tidings.wire.notifications import (
     ChannelNotifications,
     FallbackStep,
     NotificationPreferences,
     PushProviderPut,
     PushSettings,
+    PushTest,
+    PushTestDevice,
     PushTokenPut,
     QuietHours,
     Template,
@@ -74,6 +78,7 @@ class Recorder:
 class Desk:
     world: World
     recorder: Recorder
+    push: Push
     notifications: Notifications
     receipts: Receipts
     relay: Relay
@@ -122,6 +127,7 @@ async def desk(world: World) -> AsyncIterator[Desk]:
     made = Desk(
         world,
         recorder,
+        push,
         Notifications(world.store, world.apps, world.access, world.changes, recorder, world.clock, ids),
         Receipts(world.store, world.access, world.bus, world.clock),
         Relay(world.store, [PushReader()], world.bus, world.clock, metrics),
@@ -443,6 +449,48 @@ async def test_without_a_provider_there_are_no_jobs(desk: Desk) -> None:
     await world.send(world.acting("alice"), channel.id)
     await desk.run(6)
     assert await world.rows("SELECT 1 FROM jobs") == []
+
+
+async def test_it_is_explained_step_by_step_and_a_test_can_be_sent(desk: Desk) -> None:
+    world = desk.world
+    tester = PushTester(world.store, world.apps, world.bus, desk.push, world.clock, Ids(world.clock))
+
+    def answers(one: PushTestDevice) -> dict[str, tuple[bool, str]]:
+        return {step.question: (step.passed, step.answer) for step in one.steps}
+
+    (nothing,) = (await tester.test(world.backend, PushTest(user="bob"))).devices
+    assert not nothing.would_wake
+    failed = [question for question, (passed, _) in answers(nothing).items() if not passed]
+    assert failed == ["Has the app a push provider?", "Has the user a device?", "Has the device told a push token?"]
+    channel = await world.channel("alice", "bob")
+    await desk.provider()
+    await desk.token("bob")
+    (ready,) = (await tester.test(world.backend, PushTest(user="bob", channel=channel.id, send=True))).devices
+    assert (ready.would_wake, ready.sent) == (True, "accepted: ok")
+    ((token, notification),) = desk.recorder.sent
+    assert (token, notification.data) == ("bob-phone-apns", {"app": "app_1", "event": "test"})
+    hours = QuietHours(start="00:00", end="00:00", timezone="Europe/Berlin")
+    until = time_of(world.clock.now_ms() + 3_600_000)
+    await desk.notifications.put_preferences(
+        world.acting("bob"),
+        "bob",
+        NotificationPreferences(level="mentions", quiet_hours=hours, snoozed_until=until),
+    )
+    await world.execute("UPDATE members SET muted_until=? WHERE members.user='bob'", world.clock.now_ms() + 9_999)
+    world.bus.answer_devices(lambda app, user: ["phone"])
+    (never,) = (await tester.test(world.backend, PushTest(user="bob", device="phone", channel=channel.id))).devices
+    failed = [question for question, (passed, _) in answers(never).items() if not passed]
+    assert failed == [
+        "Is the channel muted?",
+        "Do they want every message?",
+        "Have they snoozed?",
+        "Is it quiet time?",
+        "Is the device away?",
+    ]
+    with pytest.raises(Forbidden):
+        await tester.test(world.acting("bob"), PushTest(user="bob"))
+    with pytest.raises(NotFound):
+        await tester.test(world.backend, PushTest(user="bob", device="other"))
 
 
 # ---------------------------------------------------------------- what people say

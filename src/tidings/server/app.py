@@ -25,11 +25,12 @@ from tidings.server.crypto.keyfile import KeyFile
 from tidings.server.crypto.keyring import Keyring
 from tidings.server.domain.limits import Limiter, Rate
 from tidings.server.domain.netguard import OutboundPolicy
-from tidings.server.errors import UnsafeStore
+from tidings.server.errors import StoreUnavailable, UnsafeStore
 from tidings.server.gateway.endpoint import socket_protocol
 from tidings.server.gateway.gateway import Gateway
 from tidings.server.gateway.http import http_routes
 from tidings.server.jobs.health import probe_store
+from tidings.server.jobs.housekeeping import housekeeping_kind, start_housekeeping
 from tidings.server.jobs.push import push_kinds
 from tidings.server.jobs.relay import Reader, Relay
 from tidings.server.jobs.webhooks import webhook_kinds
@@ -49,6 +50,7 @@ from tidings.server.services.members import Members
 from tidings.server.services.messages import Messages
 from tidings.server.services.notifications import Notifications
 from tidings.server.services.push import Push, PushReader
+from tidings.server.services.push_test import PushTester
 from tidings.server.services.queue import Queue
 from tidings.server.services.receipts import Receipts
 from tidings.server.services.sync import Sync
@@ -95,6 +97,7 @@ class Core:
     push: Push
     providers: LazyProviders
     poster: Poster
+    keep_days: int
     tracing: Tracing | None = None
 
     async def close(self) -> None:
@@ -191,10 +194,24 @@ def compose(
         jobs=JobsService(store, queue, clock, ids),
         trace=Trace(store, bus),
         webhooks=Webhooks(store, apps, poster, clock, ids, metrics),
+        push_tester=PushTester(store, apps, bus, push, clock, ids),
         notifications=Notifications(store, apps, access, changes, providers, clock, ids),
         bus=bus,
     )
-    return Core(services, bus, keyring, changes, metrics, jwks, queue, push, providers, poster, tracing)
+    return Core(
+        services,
+        bus,
+        keyring,
+        changes,
+        metrics,
+        jwks,
+        queue,
+        push,
+        providers,
+        poster,
+        config.delivery_log_days,
+        tracing,
+    )
 
 
 def _tracing(config: Config) -> Tracing | None:
@@ -368,6 +385,8 @@ def _forgetter(apps: Apps, access: AccessService, sync: Sync) -> Callable[[Notic
 class Jobs:
     """What happens behind the scenes: events become jobs, and jobs are done."""
 
+    store: Store
+    clock: Clock
     relay: Relay
     worker: Worker
 
@@ -375,6 +394,8 @@ class Jobs:
         """Until cancelled."""
         tasks = Tasks("jobs")
         try:
+            with contextlib.suppress(StoreUnavailable):
+                await start_housekeeping(self.store, self.clock)
             await asyncio.wait(
                 {tasks.spawn(self.relay.run(), "relay"), tasks.spawn(self.worker.run(), "worker")},
                 return_when=asyncio.FIRST_COMPLETED,
@@ -388,8 +409,14 @@ def jobs(core: Core, *, pressure: bool) -> Jobs:
     services = core.services
     readers: list[Reader] = [PushReader(), WebhookReader()]
     kinds: list[Kind] = [*push_kinds(core.push), *webhook_kinds(services.webhooks)]
+    kinds.append(housekeeping_kind(services.store, services.clock, core.keep_days))
     worker = Worker(core.queue, kinds, services.clock, core.metrics, pressure=Pressure() if pressure else None)
-    return Jobs(Relay(services.store, readers, core.bus, services.clock, core.metrics, wake=worker.wake), worker)
+    return Jobs(
+        services.store,
+        services.clock,
+        Relay(services.store, readers, core.bus, services.clock, core.metrics, wake=worker.wake),
+        worker,
+    )
 
 
 class Server:

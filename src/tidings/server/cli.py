@@ -48,6 +48,8 @@ app.command(
     f"{_COMMANDS}.epochs:renew_epochs", name="renew-epochs", group=_OPERATE, help="After a restore by other means."
 )
 app.command(f"{_COMMANDS}.keys:app", name="keys", group=_OPERATE, help="Encryption keys: list and rotate.")
+app.command(f"{_COMMANDS}.webhooks:app", name="webhooks", group=_APPS, help="Where an app's backend hears of events.")
+app.command(f"{_COMMANDS}.push:app", name="push", group=_APPS, help="Push: would this device be woken, and why not?")
 app.command(f"{_COMMANDS}.jobs:app", name="jobs", group=_OPERATE, help="What was given up behind the scenes.")
 app.command(f"{_COMMANDS}.trace:trace", name="trace", group=_OPERATE, help="Where is my message?")
 app.command(f"{_COMMANDS}.admin:migrate", name="migrate", group=_OPERATE, help="Bring the schema up to this version.")

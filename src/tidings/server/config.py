@@ -308,6 +308,14 @@ class Config:
         why="One process is easiest to run; many deliveries deserve cores of their own.",
     )
 
+    delivery_log_days: int = _setting(
+        7,
+        "How long it is kept what was sent to webhooks and pushed to devices, and what became of it.",
+        unit="days",
+        low=1,
+        high=365,
+        why="A week is enough to look into a complaint; each attempt is about 1 KB.",
+    )
     outbound_allow_hosts: tuple[str, ...] = _setting(
         (),
         "Hosts (`name` or `name:port`) that webhooks, push and the like may reach though their addresses are internal, "

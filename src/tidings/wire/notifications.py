@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta, field
 
 from . import limits
-from .ids import DeviceId, Time, UserId
+from .ids import ChannelId, DeviceId, Time, UserId
 from .push import PushConfig, PushSubscription
 
 Level: TypeAlias = Literal["all", "mentions", "none"]
@@ -146,10 +146,11 @@ class PushSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 class PushTest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Whom a test push would wake. `send`: also send it."""
+    """Whom a message would wake, in a channel if one is named. `send`: also send a test push."""
 
     user: UserId
     device: DeviceId | None = None
+    channel: ChannelId | None = None
     send: bool = False
 
 

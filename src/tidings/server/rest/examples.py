@@ -136,6 +136,22 @@ _EXAMPLES: Final[tuple[Any, ...]] = (
         updated_at=_AT,
     ),
     notifications.PushProviderPut(config=push.WebPushConfig(subject="mailto:ops@example.com")),
+    notifications.PushTest(user="bob", send=True),
+    notifications.PushTestResult(
+        user="bob",
+        devices=[
+            notifications.PushTestDevice(
+                device="phone-1",
+                provider="apns",
+                would_wake=False,
+                steps=[
+                    notifications.PushTestStep(question="Is the user active?", passed=True, answer="yes"),
+                    notifications.PushTestStep(question="Have they snoozed?", passed=False, answer="until 12:00"),
+                ],
+                sent="accepted: ok (200)",
+            )
+        ],
+    ),
     notifications.WebPushKey(provider="vapid", public_key="BNcRdreALRFXTkOOUHK1EtK2wtaz5Ry4YfYCA"),
     trace.MessageTrace(
         message="m_01J9ZQ4T8V6N2R5C7XKDMBWEHY",

@@ -13,6 +13,8 @@ from tidings.wire.notifications import (
     ProviderId,
     PushProvider,
     PushProviderPut,
+    PushTest,
+    PushTestResult,
     PushToken,
     PushTokenPut,
     WebPushKey,
@@ -163,6 +165,21 @@ async def webpush_key(call: Call[None, None]) -> WebPushKey:
     return await call.services.notifications.webpush_key(call.actor)
 
 
+@operation(
+    "push.test",
+    "POST",
+    "/v1/push/test",
+    "Would this device be woken?",
+    reply=PushTestResult,
+    body=PushTest,
+    problems=("not_found",),
+)
+async def test(call: Call[None, PushTest]) -> PushTestResult:
+    """Step by step, for each device and provider of a user, as things stand now. With `send` a test push leaves,
+    whatever speaks against it."""
+    return await call.services.push_tester.test(call.actor, call.body)
+
+
 OPERATIONS: Final = (
     tokens,
     put_token,
@@ -175,4 +192,5 @@ OPERATIONS: Final = (
     put_provider,
     delete_provider,
     webpush_key,
+    test,
 )

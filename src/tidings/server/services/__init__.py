@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .members import Members
     from .messages import Messages
     from .notifications import Notifications
+    from .push_test import PushTester
     from .receipts import Receipts
     from .sync import Sync
     from .trace import Trace
@@ -47,4 +48,5 @@ class Services:
     trace: Trace
     notifications: Notifications
     webhooks: Webhooks
+    push_tester: PushTester
     bus: Bus | None = None

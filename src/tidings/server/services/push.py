@@ -362,7 +362,7 @@ class Push:
                 return Sent((note("skipped", Reason.CONNECTED),))
             later = encode(msgspec.structs.replace(sending, step="recheck"))
             return Sent((note("waiting", Reason.CONNECTED),), now + CONNECTED_MS, 0, later)
-        provider = self._provider(app, sending.provider, target)
+        provider = self._provider(app, sending.provider, target.provider_sealed, target.provider_updated_at)
         # Opened outside of the store's threads: keys are for this one.
         outcome = await provider.send(
             app.cipher.open(target.token_sealed, token_item(sending.user, sending.device, sending.provider)).decode(),
@@ -402,17 +402,33 @@ class Push:
                     wait = self._random.uniform(0, min(LONGEST_SECONDS, FIRST_SECONDS * 2 ** (attempt - 1)))
                 return Sent((note("retrying", Reason.UNAVAILABLE, detail),), now + round(wait * 1_000), attempt)
 
-    def _provider(self, app: AppContext, id: str, target: _Target) -> Provider:
+    async def try_out(
+        self,
+        app: AppContext,
+        id: str,
+        provider_sealed: bytes,
+        updated_at: int,
+        token_sealed: bytes,
+        user: str,
+        device: str,
+        notification: Notification,
+    ) -> Outcome:
+        """Send something to a device now, whatever speaks against it."""
+        provider = self._provider(app, id, provider_sealed, updated_at)
+        token = app.cipher.open(token_sealed, token_item(user, device, id)).decode()
+        return await provider.send(token, notification)
+
+    def _provider(self, app: AppContext, id: str, sealed: bytes, updated_at: int) -> Provider:
         key = (app.app, id)
         held = self._open.get(key)
-        if held is not None and held[0] == target.provider_updated_at:
+        if held is not None and held[0] == updated_at:
             return held[1]
         config = msgspec.json.decode(
-            app.cipher.open(target.provider_sealed, provider_item(id)),
+            app.cipher.open(sealed, provider_item(id)),
             type=PushConfig,
         )
         made = self._providers.open(config)
-        self._open[key] = (target.provider_updated_at, made)
+        self._open[key] = (updated_at, made)
         if held is not None:
             # What is under way with the old one ends by itself; it holds nothing but short-lived credentials.
             task = asyncio.get_running_loop().create_task(held[1].close())  # owned by `_closing`
