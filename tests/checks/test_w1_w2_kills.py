@@ -90,7 +90,7 @@ async def send(house: House, channel: str, key: str) -> None:
         try:
             await house.rest.as_user("alice").messages.send(channel, "hello", key=key)
         except Exception:  # why: a killed server answers in many ways, and the key makes all of them the same
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # why: until it is there again
         else:
             return
 
