@@ -194,41 +194,42 @@ async def test_a_backlog_is_done_in_order(desk: Desk) -> None:
     assert desk.done == sorted(desk.done)
 
 
-async def test_no_more_than_its_share_at_once(desk: Desk) -> None:
-    at_once: list[int] = []
-    under_way = 0
-
-    async def handle(_job: Job) -> None:
-        nonlocal under_way
-        under_way += 1
-        at_once.append(under_way)
-        await asyncio.sleep(0)
-        under_way -= 1
-
+async def test_under_pressure_jobs_are_claimed_more_slowly(desk: Desk) -> None:
+    """Claims of a handful with a pause between them: what is claimed at once is what may be under way at once."""
     pressure = Pressure()
-    pressure.LATE_SECONDS = 1e9  # type: ignore[misc]
-    pressure.share = 0.25
+    pressure.PAUSE_SECONDS = 0.05  # type: ignore[misc]
+    for _ in range(2):
+        pressure.told(1.0)
+    assert (pressure.share, pressure.pause) == (0.25, pytest.approx(0.15))
     pressure.STEP = 0.0  # type: ignore[misc]
-    await desk.put(*(Put("work", f"{number}", 1) for number in range(60)))
+    await desk.put(*(Put("work", f"{number}", 1) for number in range(12)))
     tasks = Tasks("test")
-    tasks.spawn(desk.worker(handle, concurrency=16, pressure=pressure).run(), "worker")
+    clock = SystemClock()
+    began = clock.monotonic()
+    tasks.spawn(desk.worker(concurrency=4, pressure=pressure).run(), "worker")
 
     async def all_done() -> bool:
-        return len(at_once) == 60
+        return len(desk.done) == 12
 
     await until(all_done)
     await tasks.close()
-    assert max(at_once) <= 4
+    # Three claims: two pauses at least.
+    assert clock.monotonic() - began >= 0.3
 
 
-def test_a_late_loop_gives_jobs_less_room_and_a_quick_one_gives_it_back() -> None:
-    pressure = Pressure()
+def test_a_late_loop_and_many_messages_give_jobs_less_room_and_get_it_back() -> None:
+    sent = 0
+    pressure = Pressure(lambda: sent)
     for _ in range(10):
         pressure.told(0.05)
     assert pressure.share == Pressure.LEAST
     for _ in range(31):
         pressure.told(0.001)
+        sent += Pressure.EVENTS_MAX
     assert pressure.share == 1.0
+    sent += 1
+    pressure.told(0.001)
+    assert pressure.share == 0.5
 
 
 @pytest.mark.sqlite

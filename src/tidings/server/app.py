@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import uvicorn
 
-from tidings.server.bus.base import AccessChanged, Bus, Left, Lost, Notice, Revoked
+from tidings.server.bus.base import AccessChanged, Bus, Left, Lost, Notice, Published, Revoked
 from tidings.server.bus.local import LocalBus
 from tidings.server.clock import Clock, Ids, SystemClock
 from tidings.server.config import Config, is_loopback
@@ -410,7 +410,16 @@ def jobs(core: Core, *, pressure: bool) -> Jobs:
     readers: list[Reader] = [PushReader(), WebhookReader()]
     kinds: list[Kind] = [*push_kinds(core.push), *webhook_kinds(services.webhooks)]
     kinds.append(housekeeping_kind(services.store, services.clock, core.keep_days))
-    worker = Worker(core.queue, kinds, services.clock, core.metrics, pressure=Pressure() if pressure else None)
+    sent = 0
+
+    def count(_notice: object) -> None:
+        nonlocal sent
+        sent += 1
+
+    if pressure:
+        core.bus.listen(count, Published)
+    room = Pressure(lambda: sent) if pressure else None
+    worker = Worker(core.queue, kinds, services.clock, core.metrics, pressure=room)
     return Jobs(
         services.store,
         services.clock,

@@ -5,8 +5,8 @@ outside of any transaction and gives back how the job goes on; whatever it has t
 jobs) goes into the transaction that ends the claim, so that a crash leaves either all of it or a job that is done
 once more. Hence *at least once*: what a handler does to the outside world must bear repeating.
 
-In a server process jobs share the event loop with everybody's messages. How late the loop is says how busy it is, and
-jobs get less room the later it is (`Pressure`): a backlog waits, a conversation does not.
+In a server process jobs share event loop and store with everybody's messages. While many are sent, jobs are claimed
+more slowly (`Pressure`): a backlog waits, a conversation does not.
 """
 
 from __future__ import annotations
@@ -101,24 +101,40 @@ class Kind:
 
 
 class Pressure:
-    """How much of their room jobs get, from 1 down to `LEAST`: halved when the event loop is late, and given back in
-    small steps (additive increase, multiplicative decrease, as TCP does: RFC 5681)."""
+    """How much room jobs get beside people's messages, from 1 down to `LEAST`: halved while many messages are sent or
+    the event loop is late, and given back in small steps (additive increase, multiplicative decrease, as TCP does:
+    RFC 5681).
 
-    # How late a timer fires on a loop that still answers quickly. A loaded one is late by a batch of sends: some 20 ms.
-    LATE_SECONDS: Final = 0.010
+    `sent` tells how many events this process has published since it began.
+    """
+
     EVERY_SECONDS: Final = 0.020
+    # A thousand events a second: from there on the store's writer is busy enough that each job delays somebody.
+    EVENTS_MAX: Final = 20
+    # A loop that is full of sends is late by a batch of them, about 20 ms.
+    LATE_SECONDS: Final = 0.010
     LEAST: Final = 1 / 32
     STEP: Final = 1 / 32
+    PAUSE_SECONDS: Final = 0.005
 
-    def __init__(self) -> None:
+    def __init__(self, sent: Callable[[], int] = lambda: 0) -> None:
         self.share = 1.0
+        self._sent = sent
+        self._before = sent()
+
+    @property
+    def pause(self) -> float:
+        """Seconds between two claims: none while there is no pressure, a sixth of one under the highest."""
+        return (1 / self.share - 1) * self.PAUSE_SECONDS
 
     def told(self, late_seconds: float) -> None:
-        """A timer fired so late."""
-        if late_seconds > self.LATE_SECONDS:
+        """A timer that fires every `EVERY_SECONDS` fired so late."""
+        sent = self._sent()
+        if late_seconds > self.LATE_SECONDS or sent - self._before > self.EVENTS_MAX:
             self.share = max(self.LEAST, self.share / 2)
         else:
             self.share = min(1.0, self.share + self.STEP)
+        self._before = sent
 
 
 class Worker:
@@ -166,11 +182,14 @@ class Worker:
             while True:
                 # Before looking: what is put from here on wakes us again.
                 self._wake.clear()
+                claimed = 0
                 try:
                     claimed = await self._claim()
                     pause = 0.0 if claimed else await self._pause()
                 except StoreUnavailable:
                     pause = POLL_SECONDS
+                if self._pressure is not None and claimed:
+                    await asyncio.sleep(self._pressure.pause)
                 # Others have their turn in between, also where the store answers without waiting.
                 await self._wait(pause) if pause else await asyncio.sleep(0)
         finally:
@@ -194,14 +213,12 @@ class Worker:
         return done
 
     async def _claim(self) -> int:
-        share = 1.0 if self._pressure is None else self._pressure.share
-        self._metrics.jobs_share.value = share
+        self._metrics.jobs_share.value = 1.0 if self._pressure is None else self._pressure.share
         wanted = {}
         for kind in self._kinds.values():
-            room = max(1, int(kind.concurrency * share))
-            free = room - self._counts[kind.name]
+            free = kind.concurrency - self._counts[kind.name]
             # In handfuls: a claim is a transaction.
-            if free > 0 and free * 4 >= room:
+            if free > 0 and free * 4 >= kind.concurrency:
                 wanted[kind.name] = min(free, CLAIM_MAX)
         if not wanted:
             return 0
