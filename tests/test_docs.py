@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from docs.generate import DOCS, PAGES
 
+from tidings.server.domain.notify import Reason
 from tidings.server.domain.permissions import Permission
+from tidings.server.domain.standard_webhooks import SCHEDULE
 from tidings.server.rest.asyncapi import command_types, tag_of
 from tidings.wire.events import EventType
 from tidings.wire.problems import CATALOGUE
@@ -86,6 +88,15 @@ def test_every_code_in_the_protocol_pages_is_in_the_catalogue() -> None:
     codes = {code for sentence in named for code in re.findall(r"`([a-z_]+[a-z])`", sentence)}
     assert len(codes) > 10
     assert codes - {"mention_all"} <= set(CATALOGUE)
+
+
+def test_every_reason_of_a_push_is_explained_and_the_schedule_is_the_published_one() -> None:
+    for reason in Reason:
+        assert f"| `{reason.value}` |" in text_of("guides/trace.md")
+    waits = ["5 s", "5 min", "30 min", "2 h", "5 h", "10 h", "10 h"]
+    assert f"| after the one before | {' | '.join(waits)} |" in text_of("guides/webhooks.md")
+    units = {"s": 1, "min": 60, "h": 3_600}
+    assert (0, *(int(wait.split()[0]) * units[wait.split()[1]] for wait in waits)) == SCHEDULE
 
 
 def test_every_decision_is_listed_and_short() -> None:
