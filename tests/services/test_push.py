@@ -443,6 +443,21 @@ async def test_many_messages_are_decided_in_order_and_each_once(desk: Desk) -> N
     assert decided == seqs
 
 
+async def test_the_grace_period_is_each_messages_own(desk: Desk) -> None:
+    world = desk.world
+    channel = await world.channel("alice", "bob")
+    await desk.provider()
+    await desk.token("bob")
+    await world.send(world.acting("alice"), channel.id)
+    await desk.run(4)
+    second = await world.send(world.acting("alice"), channel.id)
+    await desk.run(2)
+    assert len(desk.recorder.sent) == 1
+    await desk.acknowledge("bob", "phone", channel.id, second.seq)
+    await desk.run(6)
+    assert len(desk.recorder.sent) == 1
+
+
 async def test_without_a_provider_there_are_no_jobs(desk: Desk) -> None:
     world = desk.world
     channel = await world.channel("alice", "bob")
