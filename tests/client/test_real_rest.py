@@ -15,11 +15,25 @@ from tests import postgres
 from tidings.client import MessageCreated, Refused, Rest
 from tidings.client.rest import _Noun
 from tidings.testing.process import ServerProcess
+from tidings.wire.notifications import QuietHours
+from tidings.wire.push import PushSubscription, PushSubscriptionKeys, WebPushConfig
 from tidings.wire.resources import AppSettings, ChannelFeatures
 
 from .real import ENVIRONMENT, Place, key_of
 
-NOUNS = ("app", "users", "me", "channels", "members", "messages", "receipts", "streams")
+NOUNS = (
+    "app",
+    "users",
+    "me",
+    "channels",
+    "members",
+    "messages",
+    "receipts",
+    "streams",
+    "notifications",
+    "push",
+    "webhooks",
+)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -61,6 +75,8 @@ async def test_every_method_does_what_it_says(place: Place) -> None:
         await the_users(rest)
         await the_channels(rest, watched(plain.as_user("ann"), used), watched(plain.as_user("ben"), used))
         await the_messages(rest, watched(plain.as_user("ann"), used), watched(plain.as_user("ben"), used))
+        await the_notifications(rest, watched(plain.as_user("ben"), used))
+        await the_webhooks(rest)
         await the_goodbyes(rest)
         public = {
             f"{name}.{method}"
@@ -209,6 +225,53 @@ async def the_messages(rest: Any, ann: Any, ben: Any) -> None:
     waiting = asyncio.ensure_future(ben.streams.events("ward", events.head, wait=20))
     await ann.messages.send("ward", "news")
     assert [one.message.text for one in (await waiting).events] == ["news"]
+
+
+async def the_notifications(rest: Any, ben: Any) -> None:
+    config = WebPushConfig(subject="mailto:ops@example.com")
+    made = await rest.push.put_provider("web", config)
+    assert [one.id for one in await all_of(rest.push.providers())] == ["web"]
+    key = await ben.push.webpush_key()
+    assert (key.provider, key.public_key) == ("web", made.config.public_key)
+    keys = PushSubscriptionKeys(
+        "BCVxsr7N_eNgVRqvHtD0zTZsEc6-VV-JvLexhqUzORcxaOzi6-AYWXvTBHm4bjyPjs7Vd8pZGH6SRpkNtoIAiw4",
+        "BTBZMqHH6r4Tts7J_aSIgg",
+    )
+    subscription = PushSubscription("https://updates.push.services.mozilla.com/wpush/v2/abc", keys)
+    await ben.notifications.put_token("ben", "browser", "web", subscription, language="de")
+    (token,) = await all_of(ben.notifications.tokens("ben"))
+    assert (token.device, token.provider, token.language) == ("browser", "web", "de")
+    said = await ben.notifications.put(
+        "ben", level="mentions", quiet_hours=QuietHours(start="22:00", end="07:00", timezone="UTC")
+    )
+    assert await rest.notifications.get("ben") == said
+    assert (await ben.notifications.put_channel("ward", level="none", device="browser")).level == "none"
+    assert (await ben.notifications.get_channel("ward", device="browser")).level == "none"
+    (explained,) = (await rest.push.test("ben", channel="ward", device="browser")).devices
+    assert not explained.would_wake
+    await ben.notifications.put_channel("ward", device="browser")
+    await ben.notifications.put("ben")
+    await ben.notifications.remove_token("ben", "browser", provider="web")
+    await rest.users.delete_device("ben", "browser")
+    await rest.push.delete_provider("web")
+
+
+async def the_webhooks(rest: Any) -> None:
+    # Nobody has this name: attempts fail, and are shown.
+    made = await rest.webhooks.create("https://hook.invalid/", events=["message.*"], channel_types=["direct"])
+    assert made.secret.startswith("whsec_")
+    assert [one.id for one in await all_of(rest.webhooks.all())] == [made.id]
+    assert (await rest.webhooks.update(made.id, description="Billing", content=True)).description == "Billing"
+    assert (await rest.webhooks.rotate(made.id, overlap_hours=1)).secret != made.secret
+    tried = await rest.webhooks.test(made.id)
+    assert tried.delivery.outcome in ("failed", "refused")
+    assert await rest.webhooks.delivery(made.id, tried.delivery.id) == tried
+    assert [one.id for one in await all_of(rest.webhooks.deliveries(made.id, type="webhook.test"))] == [
+        tried.delivery.id
+    ]
+    assert await rest.webhooks.replay(made.id, since=datetime.now(UTC) + timedelta(hours=1)) == 0
+    assert (await rest.webhooks.get(made.id)).secret is None
+    await rest.webhooks.delete(made.id)
 
 
 async def the_goodbyes(rest: Any) -> None:

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from . import rest as rest_module
+from . import rest_notifying as notifying
 from .channel import Channel
 from .client import Client
 from .errors import Closed, Timeout
@@ -209,6 +210,37 @@ class SyncStreams(Blocking[rest_module.StreamsRest]):
     own_events = _wait(rest_module.StreamsRest.own_events)
 
 
+class SyncNotifications(Blocking[notifying.NotificationsRest]):
+    tokens = _iterate(notifying.NotificationsRest.tokens)
+    put_token = _wait(notifying.NotificationsRest.put_token)
+    remove_token = _wait(notifying.NotificationsRest.remove_token)
+    get = _wait(notifying.NotificationsRest.get)
+    put = _wait(notifying.NotificationsRest.put)
+    get_channel = _wait(notifying.NotificationsRest.get_channel)
+    put_channel = _wait(notifying.NotificationsRest.put_channel)
+
+
+class SyncPush(Blocking[notifying.PushRest]):
+    providers = _iterate(notifying.PushRest.providers)
+    put_provider = _wait(notifying.PushRest.put_provider)
+    delete_provider = _wait(notifying.PushRest.delete_provider)
+    webpush_key = _wait(notifying.PushRest.webpush_key)
+    test = _wait(notifying.PushRest.test)
+
+
+class SyncWebhooks(Blocking[notifying.WebhooksRest]):
+    all = _iterate(notifying.WebhooksRest.all)
+    get = _wait(notifying.WebhooksRest.get)
+    create = _wait(notifying.WebhooksRest.create)
+    update = _wait(notifying.WebhooksRest.update)
+    delete = _wait(notifying.WebhooksRest.delete)
+    rotate = _wait(notifying.WebhooksRest.rotate)
+    test = _wait(notifying.WebhooksRest.test)
+    deliveries = _iterate(notifying.WebhooksRest.deliveries)
+    delivery = _wait(notifying.WebhooksRest.delivery)
+    replay = _wait(notifying.WebhooksRest.replay)
+
+
 class SyncRest:
     """`Rest` without `await`; give it what Rest takes."""
 
@@ -226,6 +258,9 @@ class SyncRest:
         self.messages = SyncMessages(wrapped.messages, thread)
         self.receipts = SyncReceipts(wrapped.receipts, thread)
         self.streams = SyncStreams(wrapped.streams, thread)
+        self.notifications = SyncNotifications(wrapped.notifications, thread)
+        self.push = SyncPush(wrapped.push, thread)
+        self.webhooks = SyncWebhooks(wrapped.webhooks, thread)
 
     request = _wait(Rest.request)
 

@@ -19,7 +19,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Final, Literal, TypeVar
-from urllib.parse import quote
 
 import httpx
 import msgspec
@@ -58,7 +57,10 @@ from ..wire.trace import MessageTrace
 from .backoff import FullJitter
 from .errors import NotConnected, OutcomeUnknown, ProtocolError
 from .events import Event, decode_event
+from .noun import Noun as _Noun
+from .noun import path_of as _path
 from .outbox import Sent
+from .rest_notifying import NotificationsRest, PushRest, WebhooksRest
 from .transport import http_url, refusal_of
 
 T = TypeVar("T")
@@ -114,10 +116,6 @@ class _RawEvents(msgspec.Struct):
     head: int
 
 
-def _path(*parts: str) -> str:
-    return "/v1/" + "/".join(quote(part, safe="@:+") for part in parts)
-
-
 def _given(**fields: Any) -> dict[str, Any]:
     """The fields that were given a value: neither UNSET nor None."""
     return {name: value for name, value in fields.items() if value is not UNSET and value is not None}
@@ -168,6 +166,9 @@ class Rest:
         self.messages = MessagesRest(self)
         self.receipts = ReceiptsRest(self)
         self.streams = StreamsRest(self)
+        self.notifications = NotificationsRest(self)
+        self.push = PushRest(self)
+        self.webhooks = WebhooksRest(self)
 
     def as_user(self, user: str) -> Rest:
         """The same connection, acting for this user (needs an API key)."""
@@ -276,11 +277,6 @@ def _decode(data: bytes, kind: type[T]) -> T:
         return msgspec.json.decode(data, type=kind)
     except msgspec.DecodeError as error:
         raise ProtocolError(f"the answer is not a {getattr(kind, '__name__', kind)}: {error}") from error
-
-
-class _Noun:
-    def __init__(self, rest: Rest) -> None:
-        self._rest = rest
 
 
 class AppRest(_Noun):
