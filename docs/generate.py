@@ -73,6 +73,7 @@ WORDS = {
     Permission.TRACE_READ: "See what became of a message, on which device and by which push, without what it says",
     Permission.PUSH_MANAGE: "Set push providers up, and try whether a device would be woken",
     Permission.WEBHOOK_MANAGE: "Set webhooks up, see what was sent to them, send it again",
+    Permission.HOOK_MANAGE: "Have messages approved, changed or refused by an endpoint before they are stored",
 }
 
 SCOPES = {

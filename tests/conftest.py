@@ -18,6 +18,7 @@ ON_BOTH = frozenset(
         "services/test_trace.py",
         "services/test_push.py",
         "services/test_webhooks.py",
+        "services/test_presend.py",
         "services/test_receipts.py",
         "services/test_counting.py",
         "services/test_members_role.py",

@@ -2007,6 +2007,38 @@ MUTANTS: list[Mutant] = [
         new="                    elif (user, device) in connected and not user:",
         tests=["tests/services/test_push.py", "-k", "connected_device"],
     ),
+    Mutant(
+        check="Hook",
+        why="a refusal of the app is not one",
+        file="src/tidings/server/services/presend.py",
+        old='                raise Refusal("message_refused", answer.reason',
+        new='                Refusal("message_refused", answer.reason',
+        tests=["tests/services/test_presend.py", "-k", "refused_is_not_stored"],
+    ),
+    Mutant(
+        check="Hook",
+        why="edits are not asked about",
+        file="src/tidings/server/services/messages.py",
+        old="        edit = await self._approved_edit(actor, channel_id, message_id, edit)\n",
+        new="",
+        tests=["tests/services/test_presend.py", "-k", "edits_are"],
+    ),
+    Mutant(
+        check="Hook",
+        why="a retry is asked about again",
+        file="src/tidings/server/services/messages.py",
+        old="                    if first is not None:\n                        if then",
+        new="                    if first is None:\n                        if then",
+        tests=["tests/services/test_presend.py", "-k", "retry_is_not"],
+    ),
+    Mutant(
+        check="Hook",
+        why="without an answer everything goes",
+        file="src/tidings/server/services/presend.py",
+        old='            if rule.definition.on_failure == "allow":',
+        new="            if rule.definition.on_failure:",
+        tests=["tests/services/test_presend.py", "-k", "without_an_answer"],
+    ),
 ]
 
 Verdict = Literal["caught", "SURVIVED", "STALE", "BROKEN"]

@@ -116,6 +116,35 @@ ROWS: dict[str, list[tuple[str, str, str, list[tuple[str, str]]]]] = {
             (f"sum by (node) (tidings_bus_interests{N})", "{{node}}"),
         ]),
     ],
+    "Behind the scenes": [
+        ("Jobs that wait", "By kind. Lanes of an endpoint that fails wait here, too.", "short", [
+            (f"max by (kind) (tidings_jobs_waiting{N})", "{{kind}}"),
+            (f"max by (kind) (tidings_jobs_dead{N})", "{{kind}} given up"),
+        ]),
+        ("Overdue", "For how long the oldest due job has been waiting.", "s", [
+            (f"max by (kind) (tidings_jobs_overdue_seconds{N})", "{{kind}}"),
+        ]),
+        ("Jobs done", "Events handed on, and jobs by how they ended.", "cps", [
+            (f"sum by (kind, outcome) ({rate('tidings_jobs_ended_total')})", "{{kind}} {{outcome}}"),
+            (f"sum({rate('tidings_outbox_rows_total')})", "events handed on"),
+        ]),
+        ("How long a job takes", "And how much of their room jobs get: less while many messages are sent.", "s", [
+            (quantile(0.99, "tidings_job_seconds", "kind"), "{{kind}} p99"),
+            (f"min by (node) (tidings_jobs_share{N})", "{{node}} share"),
+        ]),
+        ("Webhooks", "Attempts by outcome, and endpoints that were switched off.", "cps", [
+            (f"sum by (outcome) ({rate('tidings_webhook_deliveries_total')})", "{{outcome}}"),
+            (f"sum by (reason) ({rate('tidings_webhooks_disabled_total')})", "switched off: {{reason}}"),
+        ]),
+        ("Pushes", "Decisions and attempts by reason, and set-ups that a provider refused.", "cps", [
+            (f"sum by (outcome, reason) ({rate('tidings_pushes_total')})", "{{outcome}} {{reason}}"),
+            (f"sum by (provider) ({rate('tidings_push_misconfigured_total')})", "{{provider}} misconfigured"),
+        ]),
+        ("Before sending", "What apps made of messages, and how long they took.", "cps", [
+            (f"sum by (outcome) ({rate('tidings_presend_total')})", "{{outcome}}"),
+            (quantile(0.99, "tidings_presend_seconds", "node"), "{{node}} p99, s"),
+        ]),
+    ],
     "Nodes": [
         ("Processor", "One node uses one core.", "percentunit", [
             (f"sum by (node) ({rate('process_cpu_seconds_total')})", "{{node}}"),

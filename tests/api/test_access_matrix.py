@@ -96,6 +96,10 @@ ROWS: dict[str, Row] = {
     "app.put_relation": app(BACKEND, (404, 403), body={"kind": "panel", "user": "member", "other": "outsider"}),
     "app.delete_relation": app(ADMIN, (404, 403), query={"kind": "panel", "user": "owner", "other": "target"}),
     "app.audit": app(ADMIN),
+    "presend.get": app(ADMIN, (404, 403)),
+    "presend.put": app(ADMIN, body={"url": "https://hook.invalid/", "enabled": False}),
+    "presend.delete": app(ADMIN, (404, 403)),
+    "presend.test": app(ADMIN, (404, 403), body={}),
     "webhooks.list": app(ADMIN),
     "webhooks.create": app(ADMIN, (201, 403), body={"url": "https://api.example.com/hook"}),
     "webhooks.get": app(ADMIN, (404, 403)),
@@ -230,6 +234,11 @@ class Stage:
                 if op == "app.delete_provider":
                     body = {"jwks_url": "https://id.example.com/jwks"}
                     values["provider"] = (await world.ok("backend", "POST", "/v1/app/identity-providers", body))["id"]
+            case str() if op.startswith("presend."):
+                # Everything fails there, and is let through.
+                hook = {"url": "https://hook.invalid/", "on_failure": "allow"}
+                await world.ok("backend", "PUT", "/v1/presend-hook", hook)
+                await world.call("other_backend", "DELETE", "/v1/presend-hook")
             case str() if op.startswith("webhooks."):
                 for one in (await world.ok("backend", "GET", "/v1/webhooks"))["items"]:
                     await world.ok("backend", "DELETE", f"/v1/webhooks/{one['id']}")

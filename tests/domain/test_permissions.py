@@ -87,6 +87,7 @@ job.manage                .    .    .    x     .    .    .    .     .     .
 trace.read                .    .    .    x     .    .    .    .     .     .
 push.manage               .    .    .    x     .    .    .    .     .     .
 webhook.manage            .    .    .    x     .    .    .    .     .     .
+hook.manage               .    .    .    x     .    .    .    .     .     .
 """
 
 LINES = {cells[0]: cells[1:] for cells in (line.split() for line in TABLE.splitlines()[2:])}

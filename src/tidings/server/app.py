@@ -49,6 +49,7 @@ from tidings.server.services.jwks import JwksCache
 from tidings.server.services.members import Members
 from tidings.server.services.messages import Messages
 from tidings.server.services.notifications import Notifications
+from tidings.server.services.presend import Presend, PresendHooks
 from tidings.server.services.push import Push, PushReader
 from tidings.server.services.push_test import PushTester
 from tidings.server.services.queue import Queue
@@ -176,6 +177,7 @@ def compose(
     outbound = OutboundPolicy(hosts=tuple(config.outbound_allow_hosts))
     providers = LazyProviders(outbound, clock)
     poster = Poster(outbound)
+    presend = Presend(poster, clock, ids, metrics)
     push = Push(store, apps, bus, providers, clock, ids, metrics)
     services = Services(
         store=store,
@@ -188,12 +190,13 @@ def compose(
         users=users,
         channels=Channels(store, apps, access, changes, clock, ids),
         members=Members(store, apps, access, changes, clock, ids),
-        messages=Messages(store, access, bus, clock, ids),
+        messages=Messages(store, access, bus, clock, ids, presend),
         receipts=Receipts(store, access, bus, clock),
         sync=sync,
         jobs=JobsService(store, queue, clock, ids),
         trace=Trace(store, bus),
         webhooks=Webhooks(store, apps, poster, clock, ids, metrics),
+        presend_hooks=PresendHooks(store, apps, changes, presend, poster, clock, ids),
         push_tester=PushTester(store, apps, bus, push, clock, ids),
         notifications=Notifications(store, apps, access, changes, providers, clock, ids),
         bus=bus,

@@ -49,6 +49,7 @@ app.command(
 )
 app.command(f"{_COMMANDS}.keys:app", name="keys", group=_OPERATE, help="Encryption keys: list and rotate.")
 app.command(f"{_COMMANDS}.webhooks:app", name="webhooks", group=_APPS, help="Where an app's backend hears of events.")
+app.command(f"{_COMMANDS}.presend:app", name="presend", group=_APPS, help="An app's say about messages before they go.")
 app.command(f"{_COMMANDS}.push:app", name="push", group=_APPS, help="Push: would this device be woken, and why not?")
 app.command(f"{_COMMANDS}.jobs:app", name="jobs", group=_OPERATE, help="What was given up behind the scenes.")
 app.command(f"{_COMMANDS}.trace:trace", name="trace", group=_OPERATE, help="Where is my message?")

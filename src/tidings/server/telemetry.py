@@ -416,6 +416,10 @@ class Metrics(Collector):
             "jobs_overdue_seconds", "How long the oldest due job has been waiting.", "kind"
         )
         self.jobs_share = self._gauge("jobs_share", "How much of their room jobs get: less while the loop is busy.")
+        self.presend = self._counters(
+            "presend_total", "Messages that the app was asked about, by what came of it.", "outcome"
+        )
+        self.presend_seconds = self._histogram("presend_seconds", "From asking the app to its answer.", _SECONDS)
         self.webhook_deliveries = self._counters("webhook_deliveries_total", "Attempts to tell webhooks.", "outcome")
         self.webhooks_disabled = self._counters(
             "webhooks_disabled_total", "Webhooks that the server has switched off: gone, failing.", "reason"

@@ -63,7 +63,9 @@ _ENTRIES: Final = (
     Problem("forbidden", 403, Retry.NEVER, "A permission is missing"),
     Problem("frozen", 403, Retry.NEVER, "The channel is frozen"),
     Problem("feature_off", 403, Retry.NEVER, "This channel type has the feature switched off"),
+    Problem("message_refused", 403, Retry.NEVER, "The app does not let this message through"),
     # When.
+    Problem("hook_unavailable", 503, Retry.LATER, "The app could not be asked about the message"),
     Problem("rate_limited", 429, Retry.LATER, "Too many requests", 4429),
     Problem("too_many_connections", 429, Retry.LATER, "Too many connections", 4430),
     Problem("too_many_in_flight", 429, Retry.LATER, "Too many unanswered commands on this connection", 4431),

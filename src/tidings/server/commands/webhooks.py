@@ -6,16 +6,14 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import cyclopts
-import msgspec
 from cyclopts import Parameter
 
-from tidings.server.errors import Refusal
 from tidings.wire.webhooks import Webhook, WebhookCreate, WebhookReplay, WebhookRotate, WebhookUpdate
 
 if TYPE_CHECKING:
     from tidings.server.services import Services
 
-from .admin import AppOption, Where, acting, finish, run
+from .admin import AppOption, Where, acting, checked, finish, run
 
 app = cyclopts.App(name="webhooks", help="Webhooks: where an app's backend hears of its events.")
 _HERE = Where()
@@ -67,7 +65,7 @@ def add(
     content
         Send what was said along; otherwise identifiers only.
     """
-    wanted = _checked(
+    wanted = checked(
         WebhookCreate,
         url=url,
         events=event or ["*"],
@@ -91,7 +89,7 @@ def rotate(id: str, /, *, overlap_hours: int = 24, app: AppOption = None, where:
 
         tidings webhooks rotate wh_7f3k --overlap-hours 48
     """
-    wanted = _checked(WebhookRotate, overlap_hours=overlap_hours)
+    wanted = checked(WebhookRotate, overlap_hours=overlap_hours)
 
     async def work(services: Services) -> dict[str, Any]:
         made = await services.webhooks.rotate(await acting(services, app), id, wanted)
@@ -196,7 +194,7 @@ def replay(
     until
         Before then; without it, until now.
     """
-    wanted = _checked(WebhookReplay, message=message, since=_utc(since), until=_utc(until))
+    wanted = checked(WebhookReplay, message=message, since=_utc(since), until=_utc(until))
 
     async def work(services: Services) -> dict[str, Any]:
         done = await services.webhooks.replay(await acting(services, app), id, wanted)
@@ -262,11 +260,3 @@ def _row(one: Webhook) -> dict[str, Any]:
 
 def _utc(time: datetime | None) -> datetime | None:
     return time if time is None or time.tzinfo is not None else time.replace(tzinfo=UTC)
-
-
-def _checked(kind: Any, **fields: Any) -> Any:
-    """A request as REST would take it. Raises Refusal."""
-    try:
-        return msgspec.convert(fields, kind)
-    except msgspec.ValidationError as error:
-        raise Refusal("invalid_field", str(error)) from None

@@ -67,6 +67,7 @@ class Permission(StrEnum):
     TRACE_READ = "trace.read"
     PUSH_MANAGE = "push.manage"
     WEBHOOK_MANAGE = "webhook.manage"
+    HOOK_MANAGE = "hook.manage"
 
 
 # A set of permissions as a bit mask: one machine word's worth of work to check on the hot path.
@@ -159,6 +160,7 @@ APP_ROLES: Final[dict[str, frozenset[Permission]]] = {
         P.TRACE_READ,
         P.PUSH_MANAGE,
         P.WEBHOOK_MANAGE,
+        P.HOOK_MANAGE,
     },
 }
 

@@ -7,7 +7,7 @@ from typing import Any, Final, get_args, get_origin
 
 import msgspec
 
-from tidings.wire import notifications, push, replies, requests, resources, trace, webhooks
+from tidings.wire import notifications, presend, push, replies, requests, resources, trace, webhooks
 
 _AT: Final = datetime(2026, 3, 14, 9, 26, 53, 589_000, UTC)
 _LATER: Final = datetime(2026, 3, 14, 10, 0, tzinfo=UTC)
@@ -101,6 +101,10 @@ _EXAMPLES: Final[tuple[Any, ...]] = (
         died_at=_LATER,
     ),
     resources.JobsRetried(count=7),
+    presend.PresendHook(url="https://api.example.com/moderate", updated_at=_AT),
+    presend.PresendHookPut(url="https://api.example.com/moderate", channel_types=["consultation"]),
+    presend.PresendTest(text="Call me on 555-0100"),
+    presend.PresendTried(outcome="refused", status=200, milliseconds=41, reason="No telephone numbers, please."),
     _WEBHOOK,
     webhooks.WebhookCreate(url="https://api.example.com/tidings", events=["message.*", "member.added"]),
     webhooks.WebhookUpdate(status="enabled"),

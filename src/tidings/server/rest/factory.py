@@ -16,7 +16,7 @@ from tidings.server.services import Services
 from tidings.server.telemetry import Metrics
 from tidings.wire.codec import encode
 
-from . import apps, channels, jobs, members, messages, notifications, receipts, sync, system, users, webhooks
+from . import apps, channels, jobs, members, messages, notifications, presend, receipts, sync, system, users, webhooks
 from .auth import Gate
 from .docs_page import render_page
 from .door import Door
@@ -99,6 +99,7 @@ def all_operations(
         *sync.OPERATIONS,
         *notifications.OPERATIONS,
         *webhooks.OPERATIONS,
+        *presend.OPERATIONS,
         *jobs.OPERATIONS,
         *system.OPERATIONS,
         system.metrics_operation(metrics, public=config.metrics_public),

@@ -35,6 +35,7 @@ _TAGS: Final = {
     "notifications": "Who is woken, where and when",
     "push": "Push providers",
     "webhooks": "Where your backend hears of events",
+    "presend": "Your say about messages before they are stored",
     "jobs": "What is done behind the scenes",
     "system": "For operators and developers",
 }

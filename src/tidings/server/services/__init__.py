@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .members import Members
     from .messages import Messages
     from .notifications import Notifications
+    from .presend import PresendHooks
     from .push_test import PushTester
     from .receipts import Receipts
     from .sync import Sync
@@ -49,4 +50,5 @@ class Services:
     notifications: Notifications
     webhooks: Webhooks
     push_tester: PushTester
+    presend_hooks: PresendHooks
     bus: Bus | None = None

@@ -50,6 +50,31 @@ class CompiledType:
     everyone: Grants
 
 
+class PresendDefinition(msgspec.Struct, frozen=True):
+    """How an app is asked about messages before they are stored; see `tidings.wire.presend`."""
+
+    url: str
+    timeout_ms: int
+    on_failure: str
+    channel_types: list[str]
+    include_backend: bool
+    enabled: bool
+
+
+@dataclass(slots=True, frozen=True)
+class PresendRule:
+    """The hook of an app that wants to be asked. `version` grows with every change."""
+
+    definition: PresendDefinition
+    sealed: bytes
+    version: int
+
+    def applies(self, channel_type: str, *, backend: bool) -> bool:
+        """Whether it is asked about a message in a channel of this type; `backend`: that no user sends."""
+        types = self.definition.channel_types
+        return (not types or channel_type in types) and (not backend or self.definition.include_backend)
+
+
 @dataclass(slots=True, frozen=True)
 class AppContext:
     """One app, as everything that serves it needs it."""
@@ -70,6 +95,7 @@ class AppContext:
     signing: tuple[tuple[Any, ...], ...]
     providers: tuple[tuple[Any, ...], ...]
     cipher: AppCipher
+    presend: PresendRule | None = None
 
 
 class Apps:
@@ -134,13 +160,14 @@ class Apps:
                 await tx.all(
                     "SELECT id,jwks_url,algorithms,cache_seconds,created_at FROM identity_providers WHERE app=?", app
                 ),
+                await tx.one("SELECT definition,sealed,updated_at FROM presend_hooks WHERE app=?", app),
             )
 
         forgotten = self._forgotten
         found = await self._store.read(unit)
         if found is None:
             raise NotFound("app")
-        (app, app_id, name, settings, created_at), keys, roles, types, signing, providers = found
+        (app, app_id, name, settings, created_at), keys, roles, types, signing, providers, presend = found
         for purpose, version, root_kid, wrapped in keys:
             self.keyring.load_app_key(
                 app_id,
@@ -157,6 +184,7 @@ class Apps:
             signing=tuple(signing),
             providers=tuple(providers),
             cipher=self.keyring.app_cipher(app_id),
+            presend=_presend(presend),
         )
         if forgotten == self._forgotten:
             self._by_id[app_id] = self._by_number[app] = context
@@ -179,6 +207,7 @@ def compile_app(
     signing: tuple[tuple[Any, ...], ...],
     providers: tuple[tuple[Any, ...], ...],
     cipher: AppCipher,
+    presend: PresendRule | None = None,
 ) -> AppContext:
     """Turn words into masks: the app's own roles and types over the built-in ones."""
     masks: dict[str, dict[str, Grants]] = {
@@ -209,4 +238,12 @@ def compile_app(
         signing,
         providers,
         cipher,
+        presend,
     )
+
+
+def _presend(row: tuple[Any, ...] | None) -> PresendRule | None:
+    if row is None:
+        return None
+    definition = msgspec.json.decode(row[0], type=PresendDefinition)
+    return PresendRule(definition, row[1], row[2]) if definition.enabled else None

@@ -54,6 +54,8 @@ class Action(StrEnum):
     WEBHOOK_ROTATED = "webhook.rotated"
     WEBHOOK_REPLAYED = "webhook.replayed"
     WEBHOOK_DISABLED = "webhook.disabled"
+    PRESEND_PUT = "presend_hook.put"
+    PRESEND_DELETED = "presend_hook.deleted"
     JOBS_RETRIED = "job.retried"
     JOB_DROPPED = "job.dropped"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final, Literal
 
@@ -41,6 +41,7 @@ from tidings.wire.resources import Attachment, MessageVersion, Reaction
 
 from .access import ATTEMPTS_MAX, Access, AccessService, Actor
 from .change import Change, record
+from .presend import BEFORE_EDIT, BEFORE_SEND, Content, Presend, applies
 from .rendering import (
     UPDATED,
     MessageBody,
@@ -151,7 +152,17 @@ def check_custom(custom: dict[str, Any], field: str) -> None:
 class Messages:
     """Use-cases of messages."""
 
-    def __init__(self, store: Store, access: AccessService, bus: Bus, clock: Clock, ids: Ids) -> None:
+    def __init__(
+        self,
+        store: Store,
+        access: AccessService,
+        bus: Bus,
+        clock: Clock,
+        ids: Ids,
+        presend: Presend | None = None,
+    ) -> None:
+        """`presend` asks apps that want to be asked about messages before they are stored."""
+        self._presend = presend
         self._store = store
         self._access = access
         self._bus = bus
@@ -186,6 +197,8 @@ class Messages:
             return 0
         if not access.grants & _SEND:
             return 0
+        if actor.app.presend is not None and applies(access):
+            return 0
         try:
             check_draft(access, draft)
         except Refusal:
@@ -209,12 +222,24 @@ class Messages:
         Raises NotFound, Forbidden, Refusal (`frozen`, `invalid_field`, `key_reused` …) or StoreUnavailable: then
         nothing is stored, unless an earlier try with this key was.
         """
+        approved: Draft | None = None
         for _ in range(ATTEMPTS_MAX):
             try:
                 access = await self._access.channel(actor, channel_id, P.MESSAGE_SEND)
                 check_draft(access, draft)
                 if draft.reply_to is not None:
                     await self._check_reply(access, draft.reply_to)
+                if approved is None and self._presend is not None and applies(access):
+                    # What is stored already is not asked about again.
+                    first = await self._first_result(actor, channel_id, draft, key)
+                    if first is not None:
+                        if then is not None:
+                            then(first)
+                        return first
+                    approved = await self._approved(self._presend, access, draft)
+                    continue
+                if approved is not None:
+                    check_draft(access, approved)
             except Refusal:
                 first = await self._first_result(actor, channel_id, draft, key)
                 if first is None:
@@ -234,7 +259,7 @@ class Messages:
                     then(outcome)
                 future.set_result(outcome)
 
-            self._submit(access, draft, key, settle)
+            self._submit(access, approved or draft, key, settle, said=draft)
             try:
                 return await future
             except Stale:
@@ -263,7 +288,20 @@ class Messages:
             return None
         return Appended(row[0], row[1], row[2], True)
 
-    def _submit(self, access: Access, draft: Draft, key: str, done: Callable[[Appended | Exception], None]) -> None:
+    async def _approved(self, presend: Presend, access: Access, draft: Draft) -> Draft:
+        content = Content(draft.text, draft.mentions, draft.attachments, draft.custom)
+        found = await presend.ask(access, content, BEFORE_SEND, mention_all=draft.mention_all, reply_to=draft.reply_to)
+        return msgspec.structs.replace(draft, **found.changes(content))
+
+    def _submit(
+        self,
+        access: Access,
+        draft: Draft,
+        key: str,
+        done: Callable[[Appended | Exception], None],
+        said: Draft | None = None,
+    ) -> None:
+        """`said`: what the sender wrote, by which a retry is known, where something else is to be stored."""
         channel = access.channel
         user = access.actor.user
         now = self._clock.now_ms()
@@ -312,7 +350,7 @@ class Messages:
                 channel.access_version,
                 user if user is not None else BACKEND,
                 key,
-                access.actor.app.cipher.fingerprint(encode(draft)),
+                access.actor.app.cipher.fingerprint(encode(said or draft)),
                 message_id,
                 channel.cipher.seal(body, message_id.encode()),
                 now,
@@ -322,6 +360,28 @@ class Messages:
                 committed,
             )
         )
+
+    async def _approved_edit(self, actor: Actor, channel_id: str, message_id: str, edit: Edit) -> Edit:
+        """The edit as the app lets it through: a text that would be refused must not come in by another door."""
+        if self._presend is None or actor.app.presend is None:
+            return edit
+        access = await self._access.channel(actor, channel_id, P.CHANNEL_READ)
+        if not applies(access):
+            return edit
+
+        async def unit(tx: Tx) -> None:
+            row = await self._row(tx, access, message_id)
+            self._check_owner(access, row, P.MESSAGE_EDIT_OWN, P.MESSAGE_EDIT_ANY)
+
+        await self._store.read(unit)
+        content = Content(
+            "" if edit.text is msgspec.UNSET else edit.text,
+            [] if edit.mentions is msgspec.UNSET else list(edit.mentions),
+            [] if edit.attachments is msgspec.UNSET else list(edit.attachments),
+            {} if edit.custom is msgspec.UNSET else edit.custom,
+        )
+        found = await self._presend.ask(access, content, BEFORE_EDIT, message=message_id)
+        return replace(edit, **found.changes(content))
 
     async def _check_reply(self, access: Access, message_id: str) -> None:
         channel = access.channel
@@ -339,6 +399,7 @@ class Messages:
 
     async def edit(self, actor: Actor, channel_id: str, message_id: str, edit: Edit) -> tuple[int, bytes]:
         """Change a message's content; earlier versions stay in the log. The event's seq and the message as JSON."""
+        edit = await self._approved_edit(actor, channel_id, message_id, edit)
         now = self._clock.now_ms()
 
         async def unit(tx: Tx, access: Access) -> Change[tuple[int, bytes]]:
