@@ -31,6 +31,14 @@ def test_every_export_is_on_the_page() -> None:
     assert [name for name in exported if name not in page] == []
 
 
+def test_every_function_of_push_is_on_the_page() -> None:
+    page = (ROOT / "docs/reference/javascript.md").read_text()
+    for module in ("push", "push-worker"):
+        exported = re.findall(r"^export (?:async )?function (\w+)", (CLIENT / f"{module}.js").read_text(), re.MULTILINE)
+        assert exported
+        assert [name for name in exported if f"`{name}(" not in page] == []
+
+
 def test_every_property_and_part_is_in_the_guide() -> None:
     page = (ROOT / "docs/guides/theming.md").read_text()
     source = "".join(path.read_text() for path in sorted((ROOT / "sdk/components/src").glob("*.js")))

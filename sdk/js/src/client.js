@@ -29,6 +29,7 @@ const CHANNELS = 50;
 
 /** A user on this device: connected, caught up, and shown as values that tell when they change. */
 export class Client {
+  /** This device's id, once storage was read. @type {string | undefined} */ device;
   /** @type {Value<any>} */
   status = new Value({ state: "idle", since: 0, leader: true, storage: "memory" });
   /** @type {Value<any[]>} */
@@ -247,8 +248,9 @@ export class Client {
   }
 
   /** @param {any} snapshot */
-  #snapshot({ user, status, outbox, channels, drafts }) {
+  #snapshot({ user, device, status, outbox, channels, drafts }) {
     this.user = user ?? this.user;
+    this.device = device;
     for (const [id, summary] of channels) if (!this.#summaries.has(id)) this.#put(id, summary);
     for (const [id, text] of drafts) if (this.#open.get(id) && !this.#open.get(id)?.draft.get()) this.#open.get(id)?.draft.set(text);
     this.#heard("outbox", outbox);

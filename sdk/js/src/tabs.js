@@ -86,8 +86,8 @@ export class Tabs {
 
   #snapshot() {
     const core = /** @type {Core} */ (this.#core);
-    const { user, status, channels, drafts } = core;
-    return { user, status, outbox: [...core.outbox.values()], channels, drafts };
+    const { user, device, status, channels, drafts } = core;
+    return { user, device, status, outbox: [...core.outbox.values()], channels, drafts };
   }
 
   /** @param {any} message */
