@@ -443,6 +443,35 @@ async def test_many_messages_are_decided_in_order_and_each_once(desk: Desk) -> N
     assert decided == seqs
 
 
+async def test_what_is_read_on_one_device_is_taken_away_from_those_that_were_woken(desk: Desk) -> None:
+    world = desk.world
+    channel, other = await world.channel("alice", "bob"), await world.channel("alice", "bob")
+    await desk.provider()
+    await desk.token("bob")
+    await desk.token("bob", "tablet")
+    sent = await world.send(world.acting("alice"), channel.id)
+    await world.send(world.acting("alice"), other.id)
+    await world.execute("UPDATE push_providers SET kind='apns'")
+    await desk.acknowledge("bob", "tablet", channel.id, sent.seq)
+    await desk.run(6)
+    before = len(desk.recorder.sent)
+    await desk.receipts.read(world.acting("bob"), channel.id, sent.seq)
+    # Reading it again changes nothing.
+    await desk.receipts.read(world.acting("bob"), channel.id, sent.seq)
+    await desk.run(4)
+    ((token, notification),) = desk.recorder.sent[before:]
+    assert token == "bob-phone-apns"
+    assert (notification.silent, notification.badge, notification.title) == (True, 1, "")
+    assert notification.data == {"app": "app_1", "channel": channel.id, "seq": str(sent.seq), "event": "read"}
+    assert (await desk.log())[-1] == ("bob", "phone", "accepted", "cleared")
+    assert await world.rows("SELECT 1 FROM jobs") == []
+    # One that is connected hears of it anyway, and a browser would show something.
+    world.bus.answer_devices(lambda app, user: ["phone", "tablet"])
+    await desk.receipts.read(world.acting("bob"), other.id, 2)
+    await desk.run(4)
+    assert len(desk.recorder.sent) == before + 1
+
+
 async def test_the_grace_period_is_each_messages_own(desk: Desk) -> None:
     world = desk.world
     channel = await world.channel("alice", "bob")

@@ -42,6 +42,7 @@ class Reason(StrEnum):
     # What became of it when it was to leave.
     SENT = "sent"
     FALLBACK = "fallback"
+    CLEARED = "cleared"
     NOT_MEMBER = "not_member"
     PROVIDER_OFF = "provider_off"
     MISCONFIGURED = "misconfigured"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from tidings.server.services.clearing import CLEAR
 from tidings.server.services.push import DECIDE, SEND, Push, Sending
 from tidings.server.services.queue import Job
 from tidings.server.store.base import Tx
@@ -41,7 +42,18 @@ def push_kinds(push: Push) -> list[Kind]:
             return Done(unit=unit)
         return Again(due_at=sent.due_at, payload=sent.payload, attempts=sent.attempts, unit=unit)
 
+    async def clear(job: Job) -> Outcome:
+        sid, _, user = job.key.partition("/")
+        notes = await push.clear(job.app, int(sid), user)
+
+        async def unit(tx: Tx) -> None:
+            await push.write(tx, job.app, notes)
+
+        push.count(notes)
+        return Done(unit=unit)
+
     return [
+        Kind(CLEAR, clear, concurrency=16, attempts_max=3, seconds_max=60.0),
         Kind(DECIDE, decide, concurrency=8),
         Kind(SEND, send, concurrency=64, seconds_max=30.0),
     ]

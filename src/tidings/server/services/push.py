@@ -64,6 +64,8 @@ FRESH_MS: Final = 2_000
 ATTEMPTS_MAX: Final = 10
 FIRST_SECONDS: Final = 2.0
 LONGEST_SECONDS: Final = 600.0
+# How far back it is looked whether somebody was woken for what they have read now.
+CLEARED_MAX: Final = 50
 # Of a text that a lock screen shows; the provider's adapter cuts further to what fits.
 TEXT_CHARACTERS_MAX: Final = 500
 DETAIL_CHARACTERS_MAX: Final = 200
@@ -377,6 +379,71 @@ class Push:
             return False
         return (sending.user, sending.device) in await self._bus.connected_devices(app.app, (sending.user,))
 
+    async def clear(self, app_number: int, sid: int, user: str) -> Sequence[Note]:
+        """Set the badge of devices that were woken for a channel which its user has read elsewhere meanwhile."""
+        try:
+            app = await self._apps.numbered(app_number)
+        except NotFound:
+            return ()
+        now = self._clock.now_ms()
+
+        async def unit(tx: Tx) -> tuple[Row | None, list[Row], int]:
+            member = await tx.one(
+                "SELECT m.read,c.id FROM members m JOIN channels c ON c.sid=m.sid"
+                " WHERE m.app=? AND m.sid=? AND m.user=?",
+                app.app,
+                sid,
+                user,
+            )
+            if member is None:
+                return None, [], 0
+            woken = await tx.all(
+                "SELECT DISTINCT t.device,t.provider,t.sealed,p.sealed,p.updated_at FROM push_tokens t"
+                " JOIN push_providers p ON p.app=t.app AND p.id=t.provider AND p.status='enabled'"
+                " AND p.kind IN ('fcm','apns')"
+                " JOIN push_log l ON l.app=t.app AND l.sid=? AND l.seq>? AND l.seq<=? AND l.user=t.user"
+                " AND l.device=t.device AND l.outcome='accepted' AND l.reason='sent'"
+                " WHERE t.app=? AND t.user=? ORDER BY t.device,t.provider",
+                sid,
+                member[0] - CLEARED_MAX,
+                member[0],
+                app.app,
+                user,
+            )
+            return member, woken, await _badge(tx, app.app, user, now)
+
+        member, woken, unread = await self._store.read(unit)
+        if member is None or not woken:
+            return ()
+        connected = await self._bus.connected_devices(app.app, (user,))
+        notes = []
+        for device, provider, token, config, updated_at in woken:
+            if (user, device) in connected:
+                continue
+            outcome = await self.try_out(
+                app,
+                provider,
+                config,
+                updated_at,
+                token,
+                user,
+                device,
+                Notification(
+                    id=f"read/{member[1]}/{member[0]}/{device}",
+                    data={"app": app.id, "channel": member[1], "seq": str(member[0]), "event": "read"},
+                    badge=unread if app.settings.push.badge else None,
+                    collapse_key=member[1],
+                    priority="normal",
+                    silent=True,
+                ),
+            )
+            sent = outcome.kind == "accepted"
+            detail = outcome.provider_id if sent else outcome.reason
+            notes.append(
+                Note(sid, member[0], user, device, "accepted" if sent else "failed", Reason.CLEARED, provider, detail)
+            )
+        return notes
+
     def _sent(self, sending: Sending, target: _Target, outcome: Outcome, attempt: int, now: int, note: Any) -> Sent:
         detail = outcome.reason if outcome.status is None else f"{outcome.status} {outcome.reason}"
         match outcome.kind:
@@ -680,6 +747,20 @@ class _Target:
         return None
 
 
+async def _badge(tx: Tx, app: int, user: str, now: int) -> int:
+    """What is unread in channels that are neither hidden, archived nor muted: what `GET /v1/unread` says."""
+    row = await tx.one(
+        f"SELECT CAST(coalesce(sum(q.unread),0) AS BIGINT) FROM (SELECT {UNREAD} AS unread FROM members m"
+        f" JOIN streams s ON s.sid=m.sid WHERE m.app=? AND m.user=? AND m.archived=0 AND NOT {HIDDEN}"
+        " AND (m.muted_until IS NULL OR m.muted_until<=?)"
+        " AND (s.counted>m.read_counted OR m.marked_from IS NOT NULL)) q",
+        app,
+        user,
+        now,
+    )
+    return int(row[0]) if row is not None else 0
+
+
 async def _target(tx: Tx, app: int, sending: Sending, now: int, *, content: bool, badge: bool) -> _Target | None:
     """Everything that sending needs; None where the user is no member (any more)."""
     sid, seq, user, device = sending.sid, sending.seq, sending.user, sending.device
@@ -722,16 +803,7 @@ async def _target(tx: Tx, app: int, sending: Sending, now: int, *, content: bool
     )
     unread: int | None = None
     if badge:
-        row = await tx.one(
-            f"SELECT CAST(coalesce(sum(q.unread),0) AS BIGINT) FROM (SELECT {UNREAD} AS unread FROM members m"
-            f" JOIN streams s ON s.sid=m.sid WHERE m.app=? AND m.user=? AND m.archived=0 AND NOT {HIDDEN}"
-            " AND (m.muted_until IS NULL OR m.muted_until<=?)"
-            " AND (s.counted>m.read_counted OR m.marked_from IS NOT NULL)) q",
-            app,
-            user,
-            now,
-        )
-        unread = row[0] if row is not None else 0
+        unread = await _badge(tx, app, user, now)
     language = token[2] if token is not None else None
     if language is None:
         said = await tx.all(

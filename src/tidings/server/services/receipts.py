@@ -28,6 +28,7 @@ from tidings.wire.resources import Receipt, ReceiptCounts, Unread, UnreadTotal
 
 from .access import Access, AccessService, Actor, ChannelView
 from .apps import CompiledType
+from .clearing import put_clearing
 from .counting import HIDDEN, MENTIONED, UNREAD, Counts, unread_of
 
 log = get_logger(__name__)
@@ -246,7 +247,7 @@ class Receipts:
                 channel.sid,
                 seq,
             )
-            await tx.execute(
+            moved = await tx.execute(
                 "UPDATE members SET read=?, read_counted=?, delivered=CASE WHEN delivered<? THEN ? ELSE delivered END,"
                 " moved_at=? WHERE app=? AND sid=? AND user=? AND read<?",
                 seq,
@@ -270,6 +271,8 @@ class Receipts:
             counts = await unread_of(tx, channel.app, channel.sid, user)
             if counts is None:
                 raise NotFound("channel", field="channel")
+            if moved:
+                await put_clearing(tx, channel.app, channel.sid, user, now)
             return counts
 
         counts = await self._store.run(unit)
