@@ -23,6 +23,7 @@ from tidings.server.services.change import Changes
 from tidings.server.services.channels import Channels
 from tidings.server.services.members import Members
 from tidings.server.services.messages import Draft, Messages
+from tidings.server.services.rotation import BOXES
 from tidings.server.services.users import Users
 from tidings.server.store.base import Appended, Row, Store, Tx
 from tidings.wire.requests import ChannelCreate, UserCreate
@@ -80,6 +81,17 @@ class World:
             return await tx.all(sql, *args)
 
         return await self.store.read(unit)
+
+    async def opens(self, *tables: str) -> int:
+        """How many boxes these tables hold under the app's key; each opens by the name that key rotation has for it."""
+        opened = 0
+        for kind in BOXES:
+            if kind.table in tables:
+                columns = ", ".join(f"{kind.table}.{key}" for key in kind.keys)
+                for *key, sealed in await self.rows(f"SELECT {columns}, sealed FROM {kind.table}"):
+                    assert self.app.cipher.open(bytes(sealed), kind.item(*key))
+                    opened += 1
+        return opened
 
     async def execute(self, sql: str, *args: Any) -> None:
         async def unit(tx: Tx) -> int:

@@ -18,6 +18,8 @@ from tidings.server.posting import Posted, Poster
 from tidings.server.services.access import backend_actor
 from tidings.server.services.messages import Draft, Edit, Messages
 from tidings.server.services.presend import UNDER_WAY_MAX, Presend, PresendHooks
+from tidings.server.services.rotation import BOXES
+from tidings.server.store.tables import metadata
 from tidings.server.telemetry import Metrics
 from tidings.wire.presend import PresendHook, PresendHookPut, PresendTest
 
@@ -305,3 +307,14 @@ async def test_it_can_be_tried_and_is_for_those_who_may(desk: Desk) -> None:
     with pytest.raises(Refusal) as refused:
         await desk.put(url="https://127.0.0.1/")
     assert refused.value.field == "url"
+
+
+async def test_a_new_key_finds_what_is_sealed(desk: Desk) -> None:
+    await desk.put()
+    assert await desk.world.opens("presend_hooks") == 1
+
+
+def test_every_box_under_the_apps_key_is_in_the_list_of_rotation() -> None:
+    of_streams = {"events", "messages", "channels"}
+    sealed = {name for name, table in metadata.tables.items() if "sealed" in table.columns}
+    assert {kind.table for kind in BOXES} == sealed - of_streams

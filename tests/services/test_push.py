@@ -537,6 +537,12 @@ async def test_it_is_explained_step_by_step_and_a_test_can_be_sent(desk: Desk) -
         await tester.test(world.backend, PushTest(user="bob", device="other"))
 
 
+async def test_a_new_key_finds_what_is_sealed(desk: Desk) -> None:
+    await desk.provider()
+    await desk.token("bob")
+    assert await desk.world.opens("push_providers", "push_tokens") == 2
+
+
 # ---------------------------------------------------------------- what people say
 
 

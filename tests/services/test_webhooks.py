@@ -499,3 +499,9 @@ async def test_a_real_endpoint_is_reached_over_a_real_connection(desk: Desk) -> 
     assert (done.delivery.outcome, done.delivery.status, done.response_body) == ("delivered", 200, "ok")
     assert heard[0].startswith(b"POST /hook HTTP/1.1\r\n")
     assert b"webhook-signature: v1," in heard[0].lower()
+
+
+async def test_a_new_key_finds_what_is_sealed(desk: Desk) -> None:
+    hook = await desk.add()
+    await desk.webhooks.test(desk.world.backend, hook.id)
+    assert await desk.world.opens("webhooks", "webhook_deliveries") == 2

@@ -41,13 +41,13 @@ from .access import Access, Actor
 from .apps import AppContext, Apps, PresendRule
 from .audit import Action, line_id, line_of
 from .change import Change, Changes
+from .waking import PRESEND_ITEM
 
 log = get_logger(__name__)
 P = Permission
 
 BEFORE_SEND: Final = "message.before_send"
 BEFORE_EDIT: Final = "message.before_edit"
-ITEM: Final = b"presend"
 # An answer holds a message at the most.
 ANSWER_BYTES_MAX: Final = 256 << 10
 # Questions of an app under way at once, per node: senders wait for them.
@@ -159,7 +159,7 @@ class Presend:
         self, app: AppContext, rule: PresendRule, state: _State, asked: PresendAsked, type: str
     ) -> tuple[PresendAnswer | None, Posted]:
         if state.version != rule.version or state.signer is None:
-            secrets = msgspec.json.decode(app.cipher.open(rule.sealed, ITEM), type=list[str])
+            secrets = msgspec.json.decode(app.cipher.open(rule.sealed, PRESEND_ITEM), type=list[str])
             state.signer = Signer([base64.b64decode(secret) for secret in secrets])
             state.version = rule.version
         now = self._clock.now_ms()
@@ -251,7 +251,9 @@ class PresendHooks:
 
         async def unit(tx: Tx) -> Change[bool]:
             row = await tx.one("SELECT sealed,updated_at FROM presend_hooks WHERE app=?" + tx.for_update, context.app)
-            secrets = [] if row is None else msgspec.json.decode(context.cipher.open(row[0], ITEM), type=list[str])
+            secrets = (
+                [] if row is None else msgspec.json.decode(context.cipher.open(row[0], PRESEND_ITEM), type=list[str])
+            )
             made = not secrets or wanted.rotate
             kept = [base64.b64encode(new).decode(), *secrets[:1]] if made else secrets[:1]
             # Grows with every change, also within a millisecond: nodes tell by it that theirs is old.
@@ -262,7 +264,7 @@ class PresendHooks:
                 " updated_at=excluded.updated_at",
                 context.app,
                 definition,
-                context.cipher.seal(encode(kept), ITEM),
+                context.cipher.seal(encode(kept), PRESEND_ITEM),
                 at,
             )
             await line.write(tx)

@@ -30,6 +30,7 @@ from tidings.server.store.base import Row, Store, Tx
 from .audit import Action, Line
 from .founding import signing_item
 from .users import device_item, user_item
+from .waking import PRESEND_ITEM, delivery_item, provider_item, token_item, webhook_item
 
 # Rows per transaction: a few milliseconds of the write lock, less than a batch of messages.
 BATCH: Final = 200
@@ -72,6 +73,12 @@ BOXES: Final = (
     Boxes("signing_keys", ("kid",), signing_item),
     Boxes("users", ("id",), user_item),
     Boxes("devices", ("user", "id"), device_item),
+    Boxes("webhooks", ("id",), webhook_item),
+    Boxes("webhook_deliveries", ("webhook", "id"), lambda _webhook, id: delivery_item(id)),
+    Boxes("push_providers", ("id",), provider_item),
+    Boxes("push_tokens", ("user", "device", "provider"), token_item),
+    # One row per app, which has no key of its own: its definition tells it apart from what replaces it.
+    Boxes("presend_hooks", ("definition",), lambda _definition: PRESEND_ITEM),
 )
 
 

@@ -1,8 +1,13 @@
-"""Rows that say where people can be woken: their names, and how they go."""
+"""Rows that say where people can be woken and backends be told: what they are called when they are sealed, and how
+they go."""
 
 from __future__ import annotations
 
+from typing import Final
+
 from tidings.server.store.base import Tx
+
+PRESEND_ITEM: Final = b"presend"
 
 
 def token_item(user: str, device: str, provider: str) -> bytes:
@@ -13,6 +18,16 @@ def token_item(user: str, device: str, provider: str) -> bytes:
 def provider_item(id: str) -> bytes:
     """The name of a provider's row."""
     return f"push:{id}".encode()
+
+
+def webhook_item(id: str) -> bytes:
+    """The name of a webhook's row."""
+    return f"webhook:{id}".encode()
+
+
+def delivery_item(id: str) -> bytes:
+    """The name of a delivery's row."""
+    return f"delivery:{id}".encode()
 
 
 async def forget_device(tx: Tx, app: int, user: str, device: str) -> None:

@@ -57,6 +57,7 @@ from .apps import AppContext, Apps
 from .audit import Action, Line, line_id, line_of
 from .paging import make_cursor, read_cursor
 from .queue import Put, cancel_beginning, put
+from .waking import delivery_item, webhook_item
 
 log = get_logger(__name__)
 P = Permission
@@ -220,7 +221,7 @@ class Webhooks:
         definition = _Definition(
             wanted.url, list(wanted.events), wanted.description, list(wanted.channel_types), wanted.content
         )
-        sealed = context.cipher.seal(encode([key]), _item(id))
+        sealed = context.cipher.seal(encode([key]), webhook_item(id))
         line = self._line(actor, Action.WEBHOOK_CREATED, id)
 
         async def unit(tx: Tx) -> None:
@@ -320,7 +321,7 @@ class Webhooks:
                 keys.append(msgspec.structs.replace(old[0], until=now + wanted.overlap_hours * 3_600_000))
             await tx.execute(
                 "UPDATE webhooks SET sealed=?, updated_at=? WHERE app=? AND id=?",
-                context.cipher.seal(encode(keys), _item(id)),
+                context.cipher.seal(encode(keys), webhook_item(id)),
                 now,
                 context.app,
                 id,
@@ -667,7 +668,7 @@ class Webhooks:
             reply.status,
             round((self._clock.monotonic() - began) * 1_000),
             error,
-            context.cipher.seal(exchange, f"delivery:{delivery}".encode()),
+            context.cipher.seal(exchange, delivery_item(delivery)),
             retry_after(reply.headers["retry-after"], now) if "retry-after" in reply.headers else None,
         )
 
@@ -722,7 +723,8 @@ class Webhooks:
             data["message"] = event.ref
         elif event.ref is not None and noun == "member":
             data["user"] = event.ref
-        if content and event.sealed is not None and not event.redacted:
+        # A channel whose key was destroyed says nothing any more.
+        if content and event.sealed is not None and not event.redacted and stream[1]:
             key = WrappedStreamKey(version=stream[2], app_key_version=stream[3], wrapped=stream[1])
             cipher = self._apps.keyring.cipher(context.id, str(sid), key)
             data["event"] = msgspec.Raw(cipher.open(event.sealed, event.item.encode()))
@@ -741,7 +743,7 @@ class Webhooks:
         return made
 
     def _keys(self, context: AppContext, id: str, sealed: bytes) -> list[_Key]:
-        keys: list[_Key] = msgspec.json.decode(context.cipher.open(sealed, _item(id)), type=list[_Key])
+        keys: list[_Key] = msgspec.json.decode(context.cipher.open(sealed, webhook_item(id)), type=list[_Key])
         return keys
 
     def _new_key(self, secret: str | None) -> _Key:
@@ -796,10 +798,6 @@ _WEBHOOK: Final = "id,definition,sealed,status,reason,created_at,updated_at,fail
 _DELIVERY: Final = "id,webhook,message,type,at,attempt,outcome,status,milliseconds,error"
 
 
-def _item(id: str) -> bytes:
-    return f"webhook:{id}".encode()
-
-
 def _delivery(row: Row) -> WebhookDelivery:
     return WebhookDelivery(
         id=row[0],
@@ -831,7 +829,7 @@ def _exchange(context: AppContext, attempt: Attempt | WebhookDelivery, sealed: b
                 attempt.error,
             )
         )
-    said = msgspec.json.decode(context.cipher.open(sealed, f"delivery:{attempt.id}".encode()))
+    said = msgspec.json.decode(context.cipher.open(sealed, delivery_item(attempt.id)))
     return WebhookExchange(delivery=attempt, **said)
 
 
