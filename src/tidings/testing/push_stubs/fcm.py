@@ -45,7 +45,10 @@ class FcmStub(PushStub):
     exchanges = 0
     seconds = 3600
     token_answer: Answer | None = None
-    _valid = ""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._valid: set[str] = set()
 
     def service_account(self) -> dict[str, Any]:
         """The file that Google's console makes, with this stub's token endpoint."""
@@ -61,8 +64,8 @@ class FcmStub(PushStub):
         }
 
     def revoke(self) -> None:
-        """The access token that was given last is good no more."""
-        self._valid = ""
+        """No access token that was given so far is good any more."""
+        self._valid.clear()
 
     async def handle(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Answer:
         """The two endpoints."""
@@ -70,7 +73,8 @@ class FcmStub(PushStub):
             return await self._exchange(headers, body)
         if path != f"/v1/projects/{PROJECT}/messages:send":
             return self.fault("path", fcm_error(404, "NOT_FOUND"))
-        if not self._valid or headers.get("authorization") != f"Bearer {self._valid}":
+        # As Google's: a new token leaves those that others hold as they are.
+        if headers.get("authorization", "").removeprefix("Bearer ") not in self._valid:
             return fcm_error(401, "UNAUTHENTICATED")
         message = json.loads(body)["message"]
         data = message.get("data", {})
@@ -105,5 +109,6 @@ class FcmStub(PushStub):
             assert claims["iat"] < claims["exp"] <= claims["iat"] + 3600
         except (jwt.InvalidTokenError, AssertionError, KeyError) as error:
             return self.fault(repr(error), Answer(400, {"error": "invalid_grant", "error_description": "Invalid JWT"}))
-        self._valid = f"ya29.{self.exchanges}"
-        return Answer(200, {"access_token": self._valid, "expires_in": self.seconds, "token_type": "Bearer"})
+        token = f"ya29.{self.exchanges}"
+        self._valid.add(token)
+        return Answer(200, {"access_token": token, "expires_in": self.seconds, "token_type": "Bearer"})
