@@ -10,6 +10,7 @@ import { TidingsError } from "./errors.js";
  */
 
 const KEY = "/v1/push/webpush-key";
+const PATIENCE_MS = 20_000;
 
 /** The surroundings, so that tests can be others. @returns {any} */
 const here = () => globalThis;
@@ -22,6 +23,7 @@ const supported = (around) => Boolean(around.navigator?.serviceWorker && around.
  * @property {string} serviceWorker the address of your service worker, which imports push-worker.js
  * @property {string} [scope] the pages that it is for, where those are not the ones below its own address
  * @property {string} [language] of what is shown
+ * @property {number} [timeout_ms] how long the browser may take (20,000): without its push service some try for ever
  */
 
 /**
@@ -69,7 +71,8 @@ export async function subscribePush(client, options, around = here()) {
   if (permission !== "granted") throw new TidingsError("not_allowed", "The person has not allowed notifications.");
   const key = await client.request("GET", KEY);
   const { user, device } = known(client);
-  const subscription = await subscribed(options, key.public_key, around).catch((/** @type {any} */ error) => {
+  const work = within(subscribed(options, key.public_key, around), options.timeout_ms ?? PATIENCE_MS);
+  const subscription = await work.catch((/** @type {any} */ error) => {
     if (error instanceof TidingsError) throw error;
     if (error?.name === "NotAllowedError") throw new TidingsError("not_allowed", "The browser has not allowed notifications.");
     throw new TidingsError("push_failed", `The browser could not subscribe: ${error?.message ?? error}`, { retry: "later" });
@@ -176,6 +179,16 @@ export function preferences(client) {
 function known({ user, device }) {
   if (!user || !device) throw new TidingsError("not_connected", "The client has not been connected yet.", { retry: "later" });
   return { user, device };
+}
+
+/** @template T @param {Promise<T>} work @param {number} ms @returns {Promise<T>} */
+function within(work, ms) {
+  /** @type {any} */ let timer;
+  const late = new Promise((_, reject) => {
+    const error = new TidingsError("push_failed", "The browser has not reached its push service in time.", { retry: "later" });
+    timer = setTimeout(() => reject(error), ms);
+  });
+  return Promise.race([work, /** @type {Promise<never>} */ (late)]).finally(() => clearTimeout(timer));
 }
 
 /** @param {string} user @param {string} device */

@@ -129,6 +129,9 @@ test("what the browser itself refuses has a code, too", async () => {
     around.navigator.serviceWorker.register = async () => Promise.reject(Object.assign(new Error("no"), { name }));
     await assert.rejects(subscribePush(client(), { serviceWorker: "/w.js" }, around), { code });
   }
+  const around = browser();
+  around.navigator.serviceWorker.register = () => new Promise(() => {});
+  await assert.rejects(subscribePush(client(), { serviceWorker: "/w.js", timeout_ms: 1 }, around), { code: "push_failed" });
 });
 
 test("a subscription for a key that the app no longer has is made anew", async () => {
