@@ -95,7 +95,7 @@ function enter() {
   });
 
   onPushOpen(({ channel }) => box.open(channel));
-  offerNotifications(chat);
+  globalThis.offered = offerNotifications(chat);
 
   at("theme").addEventListener("click", () => {
     const dark = matchMedia("(prefers-color-scheme: dark)").matches;
