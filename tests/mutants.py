@@ -1721,10 +1721,10 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         check="webpush",
-        why="a page without https is asked like any other",
-        file="sdk/js/src/push.js",
-        old="if (around.isSecureContext === false) throw",
-        new="if (around.isSecureContext === 0) throw",
+        why="a page without https says nothing of why it cannot",
+        file="src/tidings/server/web/demo.js",
+        old="if (isSecureContext && !(await pushOffered",
+        new="if (!(await pushOffered",
         tests=["tests/browser/test_web_push.py", "-k", "https"],
     ),
     Mutant(
