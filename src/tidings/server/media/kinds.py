@@ -134,6 +134,10 @@ _STILL_BRANDS: Final = {
     b"mif1": "image/heif",
     b"msf1": "image/heif",
 }
+# Words of MP4, of which one is among the brands of every file that players take for one.
+_BRAND: Final = re.compile(
+    rb"iso[\da-m]|mp4[12]|avc1|hvc1|hev1|av01|dash|cmf[\w]|M4[ABPV] |3g[p2][\w]|MSNV|mmp4|f4v |XAVC|qt  ", re.ASCII
+)
 _AUDIO_BRANDS: Final = frozenset({b"M4A ", b"M4B ", b"M4P "})
 
 
@@ -156,7 +160,7 @@ def _iso_media(head: bytes, tail: bytes, size: int | None) -> Kind | None:
         said = [_STILL_BRANDS[brand] for brand in brands if brand in _STILL_BRANDS]
         exact = [name for name in said if name != "image/heif"]
         return _kind((exact or said)[0], "image")
-    if not all(byte in range(0x20, 0x7F) for byte in major):
+    if not any(_BRAND.fullmatch(brand) for brand in brands):
         return None
     if major == b"qt  ":
         return _kind("video/quicktime", "video")

@@ -126,6 +126,7 @@ class Media:
         except TimeoutError:
             return Looked(problem="too_slow")
         finally:
+            os.close(read_end)
             _kill(process)
             await process.wait()
         if status != 0:
@@ -152,20 +153,27 @@ def _environment() -> dict[str, str]:
 
 
 async def _read(read_end: int, bytes_max: int) -> bytes | None:
-    """All that comes until the end; None where it is more than `bytes_max`. Closes `read_end`."""
-    reader = asyncio.StreamReader(limit=_CHUNK_BYTES)
-    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read_end, "rb", buffering=0)
-    )
+    """All that comes until the end; None where it is more than `bytes_max`."""
+    loop = asyncio.get_running_loop()
+    answer = bytearray()
+    done: asyncio.Future[bool] = loop.create_future()
+
+    def read() -> None:
+        try:
+            chunk = os.read(read_end, _CHUNK_BYTES)
+        except BlockingIOError:
+            return
+        answer.extend(chunk)
+        if not done.done() and (not chunk or len(answer) > bytes_max):
+            done.set_result(not chunk)
+
+    # (A transport of asyncio, cancelled while it is made, closes the descriptor twice: by then it may be another's.)
+    os.set_blocking(read_end, False)
+    loop.add_reader(read_end, read)
     try:
-        answer = bytearray()
-        while chunk := await reader.read(_CHUNK_BYTES):
-            answer += chunk
-            if len(answer) > bytes_max:
-                return None
-        return bytes(answer)
+        return bytes(answer) if await done else None
     finally:
-        transport.close()
+        loop.remove_reader(read_end)
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:
