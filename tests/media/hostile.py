@@ -87,6 +87,13 @@ def scoped() -> bool:
     return bool(confine._libc.syscall(444, None, 0, 1) >= 6)
 
 
+def tell(path: str, *numbers: int) -> None:
+    """Write it, whole or not at all, and wait."""
+    Path(path + ".new").write_text(" ".join(map(str, numbers)))
+    os.rename(path + ".new", path)
+    threading.Event().wait()
+
+
 def refuse() -> None:
     """A kernel, or a container, that has none of what `isolate` tries."""
 
@@ -154,10 +161,10 @@ def main() -> None:
             me = os.getpid()
             other = subprocess.Popen(["sleep", "1000"], preexec_fn=lambda: confine.die_with(me))
             confine.die_with(job.parent)
-            with open(path + ".new", "w") as file:
-                file.write(f"{me} {other.pid}")
-            os.rename(path + ".new", path)
-            threading.Event().wait()
+            tell(path, me, other.pid)
+        case ["with a loose grandchild", path]:
+            # One that does not end by itself.
+            tell(path, os.getpid(), subprocess.Popen(["sleep", "1000"]).pid)
         case other:
             raise SystemExit(f"not known: {other}")
 

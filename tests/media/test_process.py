@@ -262,7 +262,7 @@ def test_cancelled_at_any_time_nothing_stays_behind(seed: int) -> None:
 
 async def test_cancelling_ends_what_the_child_has_started(tmp_path: Path) -> None:
     told = tmp_path / "numbers"
-    task = asyncio.ensure_future(hostile("with a grandchild", str(told))(PNG))
+    task = asyncio.ensure_future(hostile("with a loose grandchild", str(told))(PNG))
     await until(told.exists)
     numbers = [int(word) for word in told.read_text().split()]
     assert all(lives(number) for number in numbers)
