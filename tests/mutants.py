@@ -2073,6 +2073,14 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         check="Media",
+        why="where it was taken goes along",
+        file="src/tidings/server/media/images.py",
+        old='exif=b"", ',
+        new="exif=image.getexif(), ",
+        tests=["tests/media/test_images.py", "-k", "where_they_were_taken or stay_behind"],
+    ),
+    Mutant(
+        check="Media",
         why="a picture lies on its side",
         file="src/tidings/server/media/images.py",
         old="    if orientation in _UPRIGHT:\n        small",
@@ -2132,7 +2140,7 @@ MUTANTS: list[Mutant] = [
         why="files stay readable",
         file="src/tidings/server/media/confine.py",
         old="    if _landlock([*_SYSTEM, *_python_folders(), *readable]):",
-        new="    if bool(readable) or not tools:",
+        new="    if bool(readable) or not (tools or threads):",
         tests=["tests/media/test_process.py", "-k", "doors_are_shut"],
     ),
     Mutant(
@@ -2141,6 +2149,14 @@ MUTANTS: list[Mutant] = [
         file="src/tidings/server/media/confine.py",
         old="        (_RETURN, 0, 0, _REFUSE),",
         new="        (_RETURN, 0, 0, _ALLOW),",
+        tests=["tests/media/test_process.py", "-k", "doors_are_shut"],
+    ),
+    Mutant(
+        check="Media",
+        why="a decoder may start a program",
+        file="src/tidings/server/media/confine.py",
+        old="useless if programs else (*useless, *_STARTING[machine])",
+        new="useless",
         tests=["tests/media/test_process.py", "-k", "doors_are_shut"],
     ),
     Mutant(
@@ -2211,8 +2227,11 @@ MUTANTS: list[Mutant] = [
         check="Media",
         why="ffmpeg follows lists to other files",
         file="src/tidings/server/media/tools.py",
-        old='        *("-codec_whitelist", _DECODERS),\n        *("-f", demuxer),\n',
-        new='        *("-format_whitelist", "hls"),\n',
+        old=(
+            '        *("-format_whitelist", demuxer),\n        *("-codec_whitelist", _DECODERS),\n'
+            '        *("-f", demuxer),\n'
+        ),
+        new="",
         tests=["tests/media/test_film.py", "-k", "follow_a_list"],
     ),
     Mutant(

@@ -72,7 +72,8 @@ async def test_a_quiet_recording_has_a_shape_too_and_silence_none(look: Look) ->
 async def test_a_header_that_promises_too_much_is_not_believed(look: Look, data: bytes) -> None:
     looked = await look(data)
     assert looked.problem is None
-    assert looked.duration_ms == pytest.approx((len(data) - 44) // 16, abs=2)
+    assert looked.duration_ms == (len(data) - 44) // 16
+    assert looked.waveform
 
 
 @pytest.mark.parametrize("at", range(16, 36, 2))

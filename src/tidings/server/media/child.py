@@ -54,13 +54,13 @@ def _by_family(job: Job) -> Looked:
         from tidings.server.media import images
 
         images.prepare(job.media_type, job.limits)
-        confine.isolate(tools=False)
+        confine.isolate(threads=images.takes_threads(job.media_type))
         with _opened(job) as file:
             return images.look_at_image(file, job.media_type, job.limits, job.wanted)
     if job.media_type == "application/pdf":
         from tidings.server.media import pdf
 
-        confine.isolate(tools=False)
+        confine.isolate()
         with _opened(job) as file:
             return pdf.look_at_pdf(file, job.limits, job.wanted)
     return Looked(problem="unsupported")

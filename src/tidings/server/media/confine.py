@@ -66,15 +66,15 @@ def bounds(*, cpu_seconds: int, memory_bytes: int) -> None:
     _limit(resource.RLIMIT_FSIZE, 0)
 
 
-def isolate(readable: Sequence[str] = (), *, tools: bool) -> frozenset[str]:
+def isolate(readable: Sequence[str] = (), *, tools: bool = False, threads: bool = False) -> frozenset[str]:
     """Cut off network, files and other processes, as far as the kernel lets; the names of what holds.
 
     Files beneath `readable`, the system's programs and libraries and this Python stay readable, and nothing is
-    writable. Without `tools` no process is started any more (where this one is not root, whom that limit does not
-    bind).
+    writable. Without `tools` no program is started any more; without `threads` either, no thread and no process (where
+    this one is not root's, whom that limit does not bind).
     """
     holds = set()
-    if not tools:
+    if not (tools or threads):
         _limit(resource.RLIMIT_NPROC, 0)
     # With a user namespace of its own anybody may have a network namespace; else only root may.
     everything = _CLONE_NEWUSER | _CLONE_NEWNET | _CLONE_NEWIPC
@@ -82,7 +82,7 @@ def isolate(readable: Sequence[str] = (), *, tools: bool) -> frozenset[str]:
         holds.add("network")
     if _landlock([*_SYSTEM, *_python_folders(), *readable]):
         holds.add("files")
-    if _seccomp():
+    if _seccomp(programs=tools):
         holds.add("calls")
     return frozenset(holds)
 
@@ -152,6 +152,8 @@ _MACHINES: Final = {
     "x86_64": (0xC000003E, (41, 53, 101, 155, 165, 248, 249, 250, 298, 310, 311, 321, 323, 425, 426, 427, 434, 438)),
     "aarch64": (0xC00000B7, (198, 199, 117, 41, 40, 217, 218, 219, 241, 270, 271, 280, 282, 425, 426, 427, 434, 438)),
 }
+# And those that start a program.
+_STARTING: Final = {"x86_64": (59, 322), "aarch64": (221, 281)}
 _LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _ALLOW, _REFUSE = 0x7FFF0000, 0x00050000 | errno.EPERM
 # Numbers of the x32 interface begin here: the same calls by another name.
@@ -162,11 +164,12 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
-def _seccomp() -> bool:
+def _seccomp(*, programs: bool) -> bool:
     machine = platform.machine() if sys.maxsize > 2**32 else ""
     if machine not in _MACHINES:
         return False
-    audit, refused = _MACHINES[machine]
+    audit, useless = _MACHINES[machine]
+    refused = useless if programs else (*useless, *_STARTING[machine])
     # Offset 4 of what the filter sees is the machine, offset 0 the number. A jump counts from the next instruction.
     count = len(refused)
     steps = [

@@ -19,7 +19,7 @@ from PIL import (
 from tidings.server.media import thumbhash
 from tidings.server.media.facts import PREVIEW_TYPE, Looked, MediaLimits, Preview, PreviewImage, Trouble
 
-__all__ = ["look_at_image", "prepare", "previews_of"]
+__all__ = ["look_at_image", "prepare", "previews_of", "takes_threads"]
 
 # Where 80 looks like the original; the others, where the previews together would be too large.
 _QUALITIES: Final = (80, 50, 20)
@@ -55,6 +55,11 @@ _UPRIGHT: Final = {
 }
 
 
+def takes_threads(media_type: str) -> bool:
+    """Whether its decoder starts a thread, whatever it is told: libde265 does."""
+    return _FORMATS.get(media_type) == "HEIF"
+
+
 def prepare(media_type: str, limits: MediaLimits) -> None:
     """Load and set what is needed for a type, before the first byte is read."""
     # From Pillow's warning on: it is an error only at twice the number.
@@ -62,7 +67,7 @@ def prepare(media_type: str, limits: MediaLimits) -> None:
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     # One file, one thread: the others have their own work to do.
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
-    if _FORMATS.get(media_type) == "HEIF":
+    if takes_threads(media_type):
         import pi_heif
 
         pi_heif.options.DECODE_THREADS = 1
