@@ -66,6 +66,32 @@ async def test_the_demonstration_is_for_its_own_people_in_its_own_app(demo: http
     assert (await demo.post("/demo/session", content=b"x" * 2_000)).status_code == 413
 
 
+async def test_the_demonstration_can_wake_browsers_with_a_key_of_its_own(demo: httpx.AsyncClient) -> None:
+    worker = await demo.get("/demo/worker.js")
+    assert (worker.status_code, worker.headers["content-type"]) == (200, "text/javascript; charset=utf-8")
+    assert worker.headers["service-worker-allowed"] == "/demo"
+    assert "unsafe" not in worker.headers["content-security-policy"]
+    unchanged = await demo.get("/demo/worker.js", headers={"if-none-match": worker.headers["etag"]})
+    assert (unchanged.status_code, unchanged.headers["service-worker-allowed"]) == (304, "/demo")
+    token = (await demo.post("/demo/session", json={"user": "amira"})).json()["token"]
+    key = (await demo.get("/v1/push/webpush-key", headers={"authorization": f"Bearer {token}"})).json()
+    assert (key["provider"], len(key["public_key"])) == ("web", 87)
+
+
+async def test_the_key_of_the_demonstration_stays_over_restarts(tmp_path: Path) -> None:
+    keys = []
+    async with ServerProcess(tmp_path / "data", environment={"TIDINGS_DEMO": "on"}) as server:
+        for _ in range(2):
+            async with httpx.AsyncClient(base_url=server.url, trust_env=False) as http:
+                token = (await http.post("/demo/session", json={"user": "amira"})).json()["token"]
+                bearer = {"authorization": f"Bearer {token}"}
+                keys.append((await http.get("/v1/push/webpush-key", headers=bearer)).json()["public_key"])
+            server.kill9()
+            await server.wait_exit()
+            await server.start()
+    assert keys[0] == keys[1]
+
+
 async def test_outside_of_development_there_is_no_demonstration(tmp_path: Path) -> None:
     assert [load_config(environ=env).demo_on for env in ({}, {"TIDINGS_DEMO": "on"})] == [False, True]
     assert load_config(environ={"TIDINGS_DEVELOPMENT": "true"}).demo_on

@@ -35,6 +35,12 @@ export class Chat extends TidingsElement {
     });
   }
 
+  /** Show a channel, as a choice from the list does. @param {string} channel */
+  open(channel) {
+    if (this.client && this.isConnected) this.#select(channel, true);
+    else this.setAttribute("channel", channel);
+  }
+
   begin() {
     this.#list = document.createElement("tidings-channel-list");
     this.#pass(this.#list);

@@ -56,10 +56,13 @@ async function show(sent, options, worker) {
 /** @param {any} data @param {PushOptions} options @param {any} worker */
 async function open({ channel, message, link }, options, worker) {
   const pages = await worker.clients.matchAll({ type: "window", includeUncontrolled: true });
-  const page = pages.find((/** @type {any} */ one) => one.focused) ?? pages[0];
+  // Other pages of this address would not know what to do with it.
+  const ours = pages.filter((/** @type {any} */ one) => one.url.startsWith(worker.registration.scope));
+  const page = ours.find((/** @type {any} */ one) => one.focused) ?? ours[0];
   if (page) {
-    await page.focus();
     page.postMessage({ type: "tidings.open", channel, message });
+    // Refused where the browser has the click for something else: the page is at the channel all the same.
+    await page.focus().catch(() => {});
     return;
   }
   const query = new URLSearchParams({ "tidings-channel": channel ?? "", ...(message ? { "tidings-message": message } : {}) });

@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { onPushOpen, preferences, pushState, subscribePush, unsubscribePush } from "../src/push.js";
+import { keepPush, onPushOpen, preferences, pushOffered, pushState, subscribePush, unsubscribePush } from "../src/push.js";
 import { handlePushes } from "../src/push-worker.js";
 
 const KEY = "BCVxsr7N_eNgVRqvHtD0zTZsEc6-VV-JvLexhqUzORcxaOzi6-AYWXvTBHm4bjyPjs7Vd8pZGH6SRpkNtoIAiw4";
@@ -14,11 +14,15 @@ function browser({ permission = "default", answer = "granted" } = {}) {
     registered: [],
     subscription: null,
     PushManager: class {},
+    asked: 0,
     Notification: {
       permission,
-      requestPermission: async () => (around.Notification.permission = answer),
+      requestPermission: async () => {
+        around.asked += 1;
+        return (around.Notification.permission = answer);
+      },
     },
-    location: { search: "" },
+    location: { search: "", href: "https://app.example/chat" },
     say: (data) => heard.forEach((fn) => fn({ data })),
   };
   const registration = {
@@ -38,7 +42,10 @@ function browser({ permission = "default", answer = "granted" } = {}) {
   around.navigator = {
     serviceWorker: {
       getRegistration: async () => registration,
-      register: async (...what) => around.registered.push(what),
+      register: async (...what) => {
+        around.registered.push(what);
+        return { scope: new URL(what[1].scope ?? "./", new URL(what[0], around.location.href)).href };
+      },
       ready: Promise.resolve(registration),
       addEventListener: (_, fn) => heard.add(fn),
       removeEventListener: (_, fn) => heard.delete(fn),
@@ -77,6 +84,56 @@ test("a browser is registered with the app's key, once, and told to the server",
   assert.equal(around.made.length, 1);
 });
 
+test("whether there is something to offer is asked of the server, and only where the browser can", async () => {
+  const chat = client();
+  assert.equal(await pushOffered(chat, {}), false);
+  assert.deepEqual(chat.asked, []);
+  assert.equal(await pushOffered(chat, browser()), true);
+  const refusing = (code) => ({ request: async () => Promise.reject(Object.assign(new Error(), { code })) });
+  assert.equal(await pushOffered(refusing("not_found"), browser()), false);
+  await assert.rejects(pushOffered(refusing("unavailable"), browser()), { code: "unavailable" });
+});
+
+test("a page outside of the worker's scope is told so instead of waiting for ever", async () => {
+  const around = browser();
+  const chat = client();
+  await assert.rejects(subscribePush(chat, { serviceWorker: "/push/worker.js" }, around), { code: "push_failed" });
+  await subscribePush(chat, { serviceWorker: "/push/worker.js", scope: "/chat" }, around);
+  assert.deepEqual(around.registered.at(-1), ["/push/worker.js", { type: "module", scope: "/chat" }]);
+});
+
+test("at its start, and when the browser exchanges the subscription, a page tells the server and asks nobody", async () => {
+  const around = browser();
+  const chat = client();
+  const told = () => chat.asked.filter(([method]) => method === "PUT").length;
+  assert.equal((await keepPush(chat, { serviceWorker: "/worker.js" }, around)).subscribed, false);
+  assert.deepEqual([told(), around.asked, around.registered.length], [0, 0, 0]);
+  await subscribePush(chat, { serviceWorker: "/worker.js" }, around);
+  assert.deepEqual([told(), around.asked], [1, 1]);
+  assert.equal((await keepPush(chat, { serviceWorker: "/worker.js" }, around)).subscribed, true);
+  assert.deepEqual([told(), around.asked], [2, 1]);
+  const again = new Promise((resolve) => {
+    const { request } = chat;
+    chat.request = async (...what) => (what[0] === "PUT" && resolve(), request(...what));
+  });
+  around.say({ type: "tidings.resubscribe" });
+  await again;
+  around.Notification.permission = "denied";
+  await keepPush(chat, { serviceWorker: "/worker.js" }, around);
+  assert.equal(around.asked, 1);
+});
+
+test("what the browser itself refuses has a code, too", async () => {
+  for (const [name, code] of [["AbortError", "push_failed"], ["NotAllowedError", "not_allowed"]]) {
+    const around = browser();
+    around.navigator.serviceWorker.register = async () => Promise.reject(Object.assign(new Error("no"), { name }));
+    await assert.rejects(subscribePush(client(), { serviceWorker: "/w.js" }, around), { code });
+  }
+  const around = browser();
+  around.navigator.serviceWorker.register = () => new Promise(() => {});
+  await assert.rejects(subscribePush(client(), { serviceWorker: "/w.js", timeout_ms: 1 }, around), { code: "push_failed" });
+});
+
 test("a subscription for a key that the app no longer has is made anew", async () => {
   const around = browser();
   await subscribePush(client(), { serviceWorker: "/worker.js" }, around);
@@ -88,6 +145,7 @@ test("what the person does not allow, or the browser cannot, is said and tells t
   const chat = client();
   await assert.rejects(subscribePush(chat, { serviceWorker: "/w.js" }, browser({ answer: "denied" })), { code: "not_allowed" });
   await assert.rejects(subscribePush(chat, { serviceWorker: "/w.js" }, {}), { code: "not_supported" });
+  await assert.rejects(subscribePush(chat, { serviceWorker: "/w.js" }, { isSecureContext: false }), { code: "not_supported", detail: /https/ });
   await assert.rejects(subscribePush({ request: chat.request }, { serviceWorker: "/w.js" }, browser()), { code: "not_connected" });
   assert.deepEqual(await pushState({}), { supported: false, permission: "denied", subscribed: false });
   assert.ok(chat.asked.every(([method]) => method === "GET"));
@@ -132,6 +190,7 @@ function scope(pages = []) {
     addEventListener: (type, fn) => (on[type] = fn),
     navigator: { setAppBadge: async (count) => (worker.badge = count) },
     registration: {
+      scope: "https://app.example/chat",
       showNotification: async (title, options) => worker.shown.push({ title, ...options }),
       getNotifications: async ({ tag }) => worker.shown.filter((one) => one.tag === tag).map(() => ({ close: () => worker.closed++ })),
       pushManager: { subscribe: async (options) => (worker.resubscribed = options) },
@@ -183,18 +242,28 @@ test("a silent one only clears, and one that cannot be read still shows somethin
 
 test("a click focuses the page that is open and tells it the channel", async () => {
   const said = [];
-  const page = (focused) => ({ focused, focus: async () => said.push("focus"), postMessage: (data) => said.push(data) });
-  const worker = scope([page(false), page(true)]);
+  const page = (url, focused) => ({
+    url: `https://app.example${url}`,
+    focused,
+    focus: async () => {
+      said.push(["focus", url]);
+      throw new Error("Not allowed to focus a window.");
+    },
+    postMessage: (data) => said.push([data, url]),
+  });
+  const worker = scope([page("/news", true), page("/chat?one"), page("/chat?two", true)]);
   handlePushes({}, worker);
   await worker.click({ channel: "ward", message: "m_1" });
-  assert.deepEqual(said, ["focus", { type: "tidings.open", channel: "ward", message: "m_1" }]);
+  const told = { type: "tidings.open", channel: "ward", message: "m_1" };
+  assert.deepEqual(said, [[told, "/chat?two"], ["focus", "/chat?two"]]);
+  assert.deepEqual(worker.opened, []);
   const around = browser();
   const opened = [];
   const end = onPushOpen((one) => opened.push(one), around);
-  around.say(said[1]);
+  around.say(told);
   around.say({ type: "other" });
   end();
-  around.say(said[1]);
+  around.say(told);
   assert.deepEqual(opened, [{ channel: "ward", message: "m_1" }]);
 });
 
@@ -204,7 +273,7 @@ test("without a page a click opens one: the link, the app's own, or the one that
     [{ channel: "ward" }, { open: (channel) => `/chat/${channel}` }, "/chat/ward"],
     [{ channel: "ward", message: "m_1" }, {}, "./?tidings-channel=ward&tidings-message=m_1"],
   ]) {
-    const worker = scope();
+    const worker = scope([{ url: "https://app.example/news", focused: true }]);
     handlePushes(options, worker);
     await worker.click(data);
     assert.deepEqual(worker.opened, [url]);

@@ -490,7 +490,15 @@ class Server:
 
         services = self.core.services
         return demo_routes(
-            Example(services.admin, services.apps, services.users, services.channels, services.messages, services.auth)
+            Example(
+                services.admin,
+                services.apps,
+                services.users,
+                services.channels,
+                services.messages,
+                services.notifications,
+                services.auth,
+            )
         )
 
     async def serve(self, *, ready: Callable[[], None] | None = None) -> None:

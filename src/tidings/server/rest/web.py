@@ -32,6 +32,7 @@ _POLICY: Final = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _BODY_BYTES_MAX: Final = 1_000
+_WORKER: Final = "worker.js"
 
 
 class SessionWanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -76,6 +77,11 @@ def demo_routes(example: Example) -> list[Any]:
     @get("/demo/{name:str}", include_in_schema=False, name="demo.file")
     async def file(request: Request[Any, Any, Any]) -> Response[bytes]:
         name = request.path_params["name"]
+        if name == _WORKER:
+            answer = _answer(request, files[name], policy=True)
+            # The page is beside the worker's folder, not below it.
+            answer.headers["service-worker-allowed"] = "/demo"
+            return answer
         return _answer(request, files.get(name) if name != "demo.html" else None)
 
     @post("/demo/session", status_code=200, include_in_schema=False, name="demo.session")

@@ -12,6 +12,8 @@ from typing import Any, Final
 
 from tidings.server.domain.permissions import EVERYTHING
 from tidings.server.errors import NotFound, Refusal
+from tidings.wire.notifications import PushProviderPut
+from tidings.wire.push import WebPushConfig
 from tidings.wire.requests import ChannelCreate, UserCreate
 from tidings.wire.resources import Token
 
@@ -21,12 +23,16 @@ from .apps import Apps
 from .auth import Auth
 from .channels import Channels
 from .messages import Draft, Messages
+from .notifications import Notifications
 from .users import Users
 
 APP: Final = "app_demo"
 TOKEN_SECONDS: Final = 3_600
 # So that there is something to scroll through.
 OLD_MESSAGES: Final = 400
+_PROVIDER: Final = "web"
+# Push services want to know whom to ask (RFC 8292, 2.1). Nobody has one for a demonstration.
+_OPERATOR: Final = "mailto:demo@example.com"
 
 
 @dataclass(slots=True, frozen=True)
@@ -99,13 +105,21 @@ class Example:
     """The example app of one server."""
 
     def __init__(
-        self, admin: Admin, apps: Apps, users: Users, channels: Channels, messages: Messages, auth: Auth
+        self,
+        admin: Admin,
+        apps: Apps,
+        users: Users,
+        channels: Channels,
+        messages: Messages,
+        notifications: Notifications,
+        auth: Auth,
     ) -> None:
         self._admin = admin
         self._apps = apps
         self._users = users
         self._channels = channels
         self._messages = messages
+        self._notifications = notifications
         self._auth = auth
         self._making = asyncio.Lock()
         self._made = False
@@ -135,6 +149,10 @@ class Example:
                 if refusal.code != "already_exists":
                     raise
         backend = await self._backend()
+        # Not anew: browsers have subscribed with its key, and somebody may have switched it off.
+        if all(one.id != _PROVIDER for one in await self._notifications.providers(backend)):
+            wanted = PushProviderPut(config=WebPushConfig(subject=_OPERATOR))
+            await self._notifications.put_provider(backend, _PROVIDER, wanted)
         for person in PEOPLE:
             await _unless_there(self._users.create(backend, UserCreate(id=person.id, name=person.name)))
         for talk in _TALKS:
