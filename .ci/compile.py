@@ -17,10 +17,13 @@ async def start(data: Path) -> None:
     from tidings.server.app import Server, open_core
     from tidings.server.commands import panels, serve
     from tidings.server.config import Config
+    from tidings.server.media import child, film, images, pdf, sound
 
     config = Config(data_dir=data)
     # The command itself, which is loaded and not called: it would listen.
     assert serve.run
+    # What each child loads that looks into a file, which may write nothing itself.
+    assert all((child, film, images, pdf, sound))
     async with open_core(config) as core:
         new = await core.services.admin.create_first_app("First app", via="serve")
         Server(config, core)

@@ -26,6 +26,7 @@ ON_BOTH = frozenset(
         "services/test_users.py",
         "services/test_admin.py",
         "api/test_messages.py",
+        "checks/test_w1_w2_kills.py",
         "gateway/test_catch_up.py",
         "gateway/test_nodes.py",
     }

@@ -125,14 +125,16 @@ def check_pushes(house: House, fcm: FcmStub, sent: int) -> None:
 async def test_everything_is_told_at_least_once_in_order_and_accounted_for(tmp_path: Path, who: str) -> None:
     async with AsyncExitStack() as stack:
         fcm, backend = await stack.enter_async_context(FcmStub()), await stack.enter_async_context(Backend())
+        settings = {"TIDINGS_OUTBOUND_ALLOW_HOSTS": "127.0.0.1"}
         jobs = {"TIDINGS_JOBS": "false"} if who == "worker" else {}
-        house = await stack.enter_async_context(open_house(tmp_path, TIDINGS_OUTBOUND_ALLOW_HOSTS="127.0.0.1", **jobs))
+        house = await stack.enter_async_context(open_house(tmp_path, **settings, **jobs))
+        shared = {"TIDINGS_STORE": house.store_url, "TIDINGS_ALLOW_UNSAFE_STORE": "true"} if house.store_url else {}
         workers: list[Worker] = []
         for number in range(2 if who == "worker" else 0):
             worker = Worker(
                 house.server.data,
                 logs=tmp_path / f"worker{number}",
-                environment={"TIDINGS_OUTBOUND_ALLOW_HOSTS": "127.0.0.1"},
+                environment={**settings, **shared},
                 command=WORKER_COMMAND,
             )
             workers.append(await stack.enter_async_context(worker))
