@@ -77,13 +77,14 @@ async def migrate(connection: Connection) -> Plan:
 
 async def _read(connection: Connection) -> dict[str, str]:
     """Revision and `compatible_from`, as far as they are there; empty for an empty schema. Raises SchemaUnknown."""
+    # Counted first: what another node commits from here on is then seen with its revision.
+    tables = await connection.fetchval(
+        "SELECT count(*) FROM pg_tables WHERE schemaname=current_schema() AND tablename IN ('meta','streams')"
+    )
     if await connection.fetchval("SELECT to_regclass('meta')") is not None:
         rows = await connection.fetch("SELECT name, value FROM meta WHERE name IN ($1,$2)", REVISION, COMPATIBLE)
         if rows:
             return {row["name"]: row["value"] for row in rows}
-    tables = await connection.fetchval(
-        "SELECT count(*) FROM pg_tables WHERE schemaname=current_schema() AND tablename IN ('meta','streams')"
-    )
     if tables:
         raise SchemaUnknown("The database has tables but no schema revision: it was not made by `tidings migrate`.")
     return {}
