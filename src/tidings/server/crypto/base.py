@@ -13,6 +13,9 @@ import msgspec
 
 # AES-256 throughout: every key at every level is this many random bytes.
 KEY_BYTES = 32
+# The size for which GCM takes the nonce as it is (NIST SP 800-38D §8.2).
+NONCE_BYTES = 12
+TAG_BYTES = 16
 
 
 class CryptoError(Exception):
@@ -88,3 +91,16 @@ class RootKeyProvider(Protocol):
     def add_version(self) -> str:
         """Make a new version current and return its id; earlier versions keep opening what they sealed."""
         ...
+
+
+def fields(*parts: bytes) -> bytes:
+    """Join with length prefixes, so that no two different lists give the same bytes."""
+    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+
+
+def associated_data(row: bytes, item: bytes) -> bytes:
+    """The identity that a box is bound to: every seal and every wrap in this room takes it from here.
+
+    `row` is `fields(kind, app, stream, key version …)`, made once per cipher; `item` is the caller's own part.
+    """
+    return row + len(item).to_bytes(4, "big") + item

@@ -19,7 +19,15 @@ from collections.abc import Sequence
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from tidings.server.crypto.base import KEY_BYTES, CryptoError, Tampered
+from tidings.server.crypto.base import (
+    KEY_BYTES,
+    NONCE_BYTES,
+    TAG_BYTES,
+    CryptoError,
+    Tampered,
+    associated_data,
+    fields,
+)
 from tidings.server.crypto.keyring import StreamCipher
 
 # What is read and opened for one byte of a range. 28 bytes in each are ours: 0.01 %.
@@ -27,9 +35,7 @@ CHUNK_BYTES = 256 * 1024
 # What a transfer holds in memory at once, and loses at most when its server dies.
 SEGMENT_BYTES = 32 * CHUNK_BYTES
 
-_NONCE_BYTES = 12
-_TAG_BYTES = 16
-CHUNK_OVERHEAD_BYTES = _NONCE_BYTES + _TAG_BYTES
+CHUNK_OVERHEAD_BYTES = NONCE_BYTES + TAG_BYTES
 _SEALED_CHUNK_BYTES = CHUNK_BYTES + CHUNK_OVERHEAD_BYTES
 
 _KIND_CHUNK = b"tidings file chunk"
@@ -44,13 +50,14 @@ def sealed_bytes(length: int) -> int:
 class FileKey:
     """Seals and opens the chunks of one file. Get it from `new_file_key` or `open_file_key`."""
 
-    __slots__ = ("_aead", "_app", "_file", "_secret")
+    __slots__ = ("_aead", "_app", "_file", "_row", "_secret")
 
     def __init__(self, app_id: str, file_id: str, secret: bytes) -> None:
         if len(secret) != KEY_BYTES:
             raise CryptoError(f"app {app_id}, file {file_id}: a key of {len(secret)} bytes instead of {KEY_BYTES}")
         self._app, self._file, self._secret = app_id, file_id, secret
         self._aead = AESGCM(secret)
+        self._row = fields(_KIND_CHUNK, app_id.encode(), file_id.encode())
 
     def box(self, stream: StreamCipher) -> bytes:
         """The key, sealed under a stream's: what is kept beside whatever of that stream refers to the file."""
@@ -66,7 +73,7 @@ class FileKey:
         view = memoryview(data)
         sealed = []
         for at in range(0, len(view), CHUNK_BYTES):
-            nonce = os.urandom(_NONCE_BYTES)
+            nonce = os.urandom(NONCE_BYTES)
             chunk = self._aead.encrypt(nonce, view[at : at + CHUNK_BYTES], self._identity(part, start + at))
             sealed += [nonce, chunk]
         return sealed
@@ -85,16 +92,13 @@ class FileKey:
             if len(chunk) <= CHUNK_OVERHEAD_BYTES:
                 raise self._tampered(part, place)
             try:
-                plain.append(
-                    self._aead.decrypt(chunk[:_NONCE_BYTES], chunk[_NONCE_BYTES:], self._identity(part, place))
-                )
+                plain.append(self._aead.decrypt(chunk[:NONCE_BYTES], chunk[NONCE_BYTES:], self._identity(part, place)))
             except InvalidTag:
                 raise self._tampered(part, place) from None
         return plain
 
     def _identity(self, part: str, place: int) -> bytes:
-        fields = (_KIND_CHUNK, self._app.encode(), self._file.encode(), part.encode(), place.to_bytes(8, "big"))
-        return b"".join(len(field).to_bytes(4, "big") + field for field in fields)
+        return associated_data(self._row, fields(part.encode(), place.to_bytes(8, "big")))
 
     def _tampered(self, part: str, place: int) -> Tampered:
         return Tampered(f"app {self._app}, file {self._file}, part {part or 'original'}: the chunk at byte {place} "

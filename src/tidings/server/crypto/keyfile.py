@@ -29,7 +29,7 @@ import msgspec
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from tidings.server.crypto.base import KEY_BYTES, CryptoError, RootKeyMissing, Tampered, Wrapped
+from tidings.server.crypto.base import KEY_BYTES, NONCE_BYTES, TAG_BYTES, CryptoError, RootKeyMissing, Tampered, Wrapped
 
 # One version takes about 120 bytes: this is over 500 rotations, and keeps a wrong path (a database) out of memory.
 KEY_FILE_BYTES_MAX = 64 * 1024
@@ -37,9 +37,6 @@ KEY_FILE_BYTES_MAX = 64 * 1024
 # The lock is held for one small write with two fsyncs. A disk that takes longer than this is a fault to report.
 LOCK_WAIT_SECONDS_MAX = 10.0
 LOCK_RETRY_SECONDS = 0.01
-
-_NONCE_BYTES = 12
-_TAG_BYTES = 16
 
 
 class KeyFileError(CryptoError):
@@ -106,7 +103,7 @@ class KeyFile:
     def wrap(self, plain: bytes, aad: bytes) -> Wrapped:
         # A key wrapped under a version that another process is about to retire would be lost, hence the fresh look.
         loaded = self._refreshed()
-        nonce = os.urandom(_NONCE_BYTES)
+        nonce = os.urandom(NONCE_BYTES)
         return Wrapped(kid=loaded.current, box=nonce + loaded.ciphers[loaded.current].encrypt(nonce, plain, aad))
 
     def unwrap(self, wrapped: Wrapped, aad: bytes) -> bytes:
@@ -123,10 +120,10 @@ class KeyFile:
                     "put back the key file that was in use when this data was written",
                 )
         box = wrapped.box
-        if len(box) < _NONCE_BYTES + _TAG_BYTES:
+        if len(box) < NONCE_BYTES + TAG_BYTES:
             raise Tampered(f"a key wrapped by root key {wrapped.kid} is cut short")
         try:
-            return cipher.decrypt(box[:_NONCE_BYTES], box[_NONCE_BYTES:], aad)
+            return cipher.decrypt(box[:NONCE_BYTES], box[NONCE_BYTES:], aad)
         except InvalidTag:
             raise Tampered(f"a key wrapped by root key {wrapped.kid} does not open") from None
 

@@ -4,7 +4,7 @@
                         │               └─seals→ app-level rows: profiles, signing secrets, settings
                         └─wraps→ index key ─keys→ fingerprints (request digests)
 
-Every box is bound to its row: `_associated_data` goes into each seal, so a box that was edited, cut, moved to another
+Every box is bound to its row: `associated_data` goes into each seal, so a box that was edited, cut, moved to another
 row, stream or app, or relabelled with another key version raises `Tampered`. Deleting a stream's wrapped key shreds
 the stream, in backups made later too.
 
@@ -26,12 +26,16 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from tidings.server.crypto.base import (
     KEY_BYTES,
+    NONCE_BYTES,
+    TAG_BYTES,
     AppKeyNotLoaded,
     CryptoError,
     RootKeyMissing,
     RootKeyProvider,
     Tampered,
     Wrapped,
+    associated_data,
+    fields,
 )
 
 # A cached cipher takes about 3 KB (2.5 KB of it OpenSSL's key schedule), so this is 60 MB. A miss costs one unwrap of
@@ -48,16 +52,14 @@ _FORMAT_DERIVED = 2
 # Two bytes in every header; a rotation every day would take 179 years to get here.
 KEY_VERSION_MAX = 0xFFFF
 
-_NONCE_BYTES = 12  # the size for which GCM takes the nonce as it is (NIST SP 800-38D §8.2)
 _SALT_BYTES = 12
-_TAG_BYTES = 16
-_STREAM_NONCE_END = _HEADER.size + _NONCE_BYTES
+_STREAM_NONCE_END = _HEADER.size + NONCE_BYTES
 _SALT_END = _HEADER.size + _SALT_BYTES
-_DERIVED_NONCE_END = _SALT_END + _NONCE_BYTES
+_DERIVED_NONCE_END = _SALT_END + NONCE_BYTES
 
 # What a stored box exceeds its plaintext by: for those who bound columns and pages.
-STREAM_BOX_OVERHEAD_BYTES = _STREAM_NONCE_END + _TAG_BYTES
-APP_BOX_OVERHEAD_BYTES = _DERIVED_NONCE_END + _TAG_BYTES
+STREAM_BOX_OVERHEAD_BYTES = _STREAM_NONCE_END + TAG_BYTES
+APP_BOX_OVERHEAD_BYTES = _DERIVED_NONCE_END + TAG_BYTES
 
 # First word of the associated data: what kind of thing is sealed, so that no kind passes for another.
 _KIND_APP_KEY = b"tidings app key"
@@ -98,19 +100,6 @@ class WrappedStreamKey(msgspec.Struct, frozen=True, kw_only=True):
     wrapped: bytes
 
 
-def _fields(*parts: bytes) -> bytes:
-    """Join with length prefixes, so that no two different lists give the same bytes."""
-    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
-
-
-def _associated_data(row: bytes, item: bytes) -> bytes:
-    """The identity that a box is bound to: every seal and every wrap in this room takes it from here.
-
-    `row` is `_fields(kind, app, stream, key version …)`, made once per cipher; `item` is the caller's own part.
-    """
-    return row + len(item).to_bytes(4, "big") + item
-
-
 def _number(version: int) -> bytes:
     return version.to_bytes(4, "big")
 
@@ -135,7 +124,7 @@ class StreamCipher:
         self.wrapped = wrapped
         self._aead = AESGCM(secret)
         self._header = _HEADER.pack(_FORMAT_STREAM, wrapped.version)
-        self._row = _fields(_KIND_STREAM_ITEM, app_id.encode(), stream_ref.encode(), _number(wrapped.version))
+        self._row = fields(_KIND_STREAM_ITEM, app_id.encode(), stream_ref.encode(), _number(wrapped.version))
         self._name = (app_id, stream_ref)
 
     def seal(self, plain: bytes, item: bytes) -> bytes:
@@ -143,8 +132,8 @@ class StreamCipher:
 
         The box is `STREAM_BOX_OVERHEAD_BYTES` longer than `plain`.
         """
-        nonce = os.urandom(_NONCE_BYTES)
-        return self._header + nonce + self._aead.encrypt(nonce, plain, _associated_data(self._row, item))
+        nonce = os.urandom(NONCE_BYTES)
+        return self._header + nonce + self._aead.encrypt(nonce, plain, associated_data(self._row, item))
 
     def open(self, box: bytes, item: bytes) -> bytes:
         """Give back what was sealed for `item`; raises `Tampered` for anything else."""
@@ -153,7 +142,7 @@ class StreamCipher:
                 return self._aead.decrypt(
                     box[_HEADER.size : _STREAM_NONCE_END],
                     box[_STREAM_NONCE_END:],
-                    _associated_data(self._row, item),
+                    associated_data(self._row, item),
                 )
             except InvalidTag:
                 pass
@@ -173,8 +162,8 @@ class _DataKey:
         self.version = version
         self.secret = secret
         self.header = _HEADER.pack(_FORMAT_DERIVED, version)
-        self.item_row = _fields(_KIND_APP_ITEM, app_id.encode(), _number(version))
-        self.stream_key_row = _fields(_KIND_STREAM_KEY, app_id.encode(), _number(version))
+        self.item_row = fields(_KIND_APP_ITEM, app_id.encode(), _number(version))
+        self.stream_key_row = fields(_KIND_STREAM_KEY, app_id.encode(), _number(version))
 
     def seal(self, plain: bytes, row: bytes, item: bytes) -> bytes:
         """Encrypt under a key of its own, derived from 12 random bytes, with a nonce of 12 more.
@@ -183,15 +172,15 @@ class _DataKey:
         reach. With 192 random bits per box the bound is 2^80. The construction is that of XAES-256-GCM (C2SP), with
         HMAC instead of CMAC in the derivation because Python has it in one call.
         """
-        random = os.urandom(_SALT_BYTES + _NONCE_BYTES)
-        sealed = self._derived(random[:_SALT_BYTES]).encrypt(random[_SALT_BYTES:], plain, _associated_data(row, item))
+        random = os.urandom(_SALT_BYTES + NONCE_BYTES)
+        sealed = self._derived(random[:_SALT_BYTES]).encrypt(random[_SALT_BYTES:], plain, associated_data(row, item))
         return self.header + random + sealed
 
     def open(self, box: bytes, row: bytes, item: bytes) -> bytes:
         if box[: _HEADER.size] == self.header and len(box) >= APP_BOX_OVERHEAD_BYTES:
             try:
                 return self._derived(box[_HEADER.size : _SALT_END]).decrypt(
-                    box[_SALT_END:_DERIVED_NONCE_END], box[_DERIVED_NONCE_END:], _associated_data(row, item)
+                    box[_SALT_END:_DERIVED_NONCE_END], box[_DERIVED_NONCE_END:], associated_data(row, item)
                 )
             except InvalidTag:
                 pass
@@ -454,15 +443,15 @@ class Keyring:
 
 
 def _app_key_identity(app_id: str, purpose: KeyPurpose, version: int) -> bytes:
-    return _associated_data(_fields(_KIND_APP_KEY, app_id.encode(), purpose.encode()), _number(version))
+    return associated_data(fields(_KIND_APP_KEY, app_id.encode(), purpose.encode()), _number(version))
 
 
 def _wrap_stream_key(key: _DataKey, stream_ref: str, version: int, secret: bytes) -> WrappedStreamKey:
-    box = key.seal(secret, key.stream_key_row, _fields(stream_ref.encode(), _number(version)))
+    box = key.seal(secret, key.stream_key_row, fields(stream_ref.encode(), _number(version)))
     return WrappedStreamKey(version=version, app_key_version=key.version, wrapped=box)
 
 
 def _unwrap_stream_key(app: AppCipher, stream_ref: str, wrapped: WrappedStreamKey) -> bytes:
     _check_version(wrapped.version)
     key = app._key(wrapped.app_key_version)
-    return key.open(wrapped.wrapped, key.stream_key_row, _fields(stream_ref.encode(), _number(wrapped.version)))
+    return key.open(wrapped.wrapped, key.stream_key_row, fields(stream_ref.encode(), _number(wrapped.version)))
