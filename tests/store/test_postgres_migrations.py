@@ -73,6 +73,33 @@ async def test_a_plan_changes_nothing(connection: Any) -> None:
     assert await connection.fetchval("SELECT to_regclass('meta')") is None
 
 
+class Overtaken:
+    """A connection on which somebody else migrates between the first question and its answer's use."""
+
+    def __init__(self, connection: Any, url: str) -> None:
+        self._connection, self._url = connection, url
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    async def fetchval(self, *question: Any) -> Any:
+        answer = await self._connection.fetchval(*question)
+        if self._url:
+            other, self._url = await connect(self._url), ""
+            await schema.migrate(other)
+            await other.close()
+        return answer
+
+
+async def test_a_schema_that_is_made_in_between_is_not_taken_for_a_strangers() -> None:
+    url = await fresh_database(empty=True)
+    connection = await connect(url)
+    try:
+        assert (await schema.migrate(Overtaken(connection, url))).current == HEAD
+    finally:
+        await connection.close()
+
+
 async def test_whoever_loses_the_race_to_migrate_finds_it_done() -> None:
     url = await fresh_database(empty=True)
 
