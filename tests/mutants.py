@@ -2374,16 +2374,16 @@ MUTANTS: list[Mutant] = [
         check="H1",
         why="a chunk opens in another place of its file",
         file="src/tidings/server/crypto/chunks.py",
-        old='part.encode(), place.to_bytes(8, "big"))',
-        new="part.encode(), bytes(8))",
+        old='fields(part.encode(), place.to_bytes(8, "big"))',
+        new="fields(part.encode(), bytes(8))",
         tests=["tests/crypto/test_chunks.py"],
     ),
     Mutant(
         check="H1",
         why="a chunk opens in another file",
         file="src/tidings/server/crypto/chunks.py",
-        old="self._app.encode(), self._file.encode(), part.encode()",
-        new='self._app.encode(), b"", part.encode()',
+        old="fields(_KIND_CHUNK, app_id.encode(), file_id.encode())",
+        new='fields(_KIND_CHUNK, app_id.encode(), b"")',
         tests=["tests/crypto/test_chunks.py"],
     ),
     Mutant(
@@ -2425,6 +2425,16 @@ MUTANTS: list[Mutant] = [
         old="if len(found) != length:",
         new="if False:",
         tests=["tests/blob/test_blobs.py", "-k", "shorter"],
+    ),
+    Mutant(
+        check="D3",
+        why="a node that starts while another one migrates takes the new schema for a stranger's",
+        file="src/tidings/server/store/migrations/postgres.py",
+        old="""    if tables:
+        raise SchemaUnknown""",
+        new="""    if await connection.fetchval("SELECT to_regclass('meta')") is not None or tables:
+        raise SchemaUnknown""",
+        tests=["tests/store/test_postgres_migrations.py", "-k", "in_between"],
     ),
 ]
 

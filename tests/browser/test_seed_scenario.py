@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from standardwebhooks import Webhook as Verifier
 
 from tests.browser.conftest import Stage
 from tests.browser.test_demo import write
+from tests.checks.house import wait_until
 from tests.ops.conftest import tidings
 from tidings.client import Client, MessageCreated, Rest
 from tidings.testing.push_stubs import Answer, FcmStub, PushStub
@@ -42,17 +42,6 @@ class Backend(PushStub):
 
     def of(self, type: str) -> list[dict[str, Any]]:
         return [one.payload for one in self.received if one.payload["type"] == type]
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(30):
-        while True:
-            found = condition()
-            if isinstance(found, Awaitable):
-                found = await found
-            if found:
-                return
-            await asyncio.sleep(0.05)  # why: another process brings it about
 
 
 async def test_the_seed_scenario(stage: Stage, tmp_path: Path) -> None:
@@ -80,20 +69,20 @@ async def test_the_seed_scenario(stage: Stage, tmp_path: Path) -> None:
 
         # The patient asks.
         await write(patient, QUESTION)
-        await until(lambda: backend.of("message.created"))
+        await wait_until(lambda: backend.of("message.created"), "the backend was told", 30)
         id = backend.of("message.created")[0]["data"]["message"]
 
         # The demonstration's own messages may be told of, too: nobody has looked at them yet.
         def woken() -> list[Any]:
             return [one for one in fcm.received if one.payload["data"].get("message") == id]
 
-        await until(woken)
+        await wait_until(woken, "the phone was woken", 30)
 
         # The phone was woken with identifiers, and nothing that was said.
         (push,) = woken()
-        assert push.token == PHONE
+        assert {one.token for one in fcm.received} == {PHONE}
         assert push.payload["data"]["channel"] == CHANNEL
-        assert QUESTION not in json.dumps(push.payload)
+        assert all(QUESTION not in json.dumps(one.payload) for one in fcm.received)
         # So was the backend told.
         (told,) = backend.of("message.created")
         assert (told["data"]["channel"], told["data"]["by"]) == (CHANNEL, "amira")
@@ -103,7 +92,7 @@ async def test_the_seed_scenario(stage: Stage, tmp_path: Path) -> None:
         lena = rest.as_user("lena")
         assert (await lena.messages.get(CHANNEL, id)).text == QUESTION
         await write(patient, SECOND)
-        await until(lambda: len(backend.of("message.created")) == 2)
+        await wait_until(lambda: len(backend.of("message.created")) == 2, "the backend was told again", 30)
 
         # Both devices of the clinician come online and catch up, in order, from where the push has pointed.
         devices = {}
@@ -121,7 +110,9 @@ async def test_the_seed_scenario(stage: Stage, tmp_path: Path) -> None:
                     seen[device].append(event.message.text)
 
             chat.on(MessageCreated, note)
-        await until(lambda: all(texts[-2:] == [QUESTION, SECOND] for texts in seen.values()))
+        await wait_until(
+            lambda: all(texts[-2:] == [QUESTION, SECOND] for texts in seen.values()), "both devices have caught up", 30
+        )
         history = sorted([one async for one in lena.messages.history(CHANNEL)], key=lambda one: one.seq)
         for texts in seen.values():
             assert texts == [message.text for message in history][-len(texts) :]
@@ -141,7 +132,7 @@ async def test_the_seed_scenario(stage: Stage, tmp_path: Path) -> None:
             one = (await rest.messages.trace(CHANNEL, id, user="lena")).recipients[0]
             return all(device.acknowledged for device in one.devices) and len(one.devices) == 2
 
-        await until(complete)
+        await wait_until(complete, "the trace tells it all", 30)
         traced = await rest.messages.trace(CHANNEL, id, user="lena")
         (recipient,) = traced.recipients
         assert (traced.sender, traced.handed_on, recipient.delivered, recipient.read) == ("amira", True, True, True)

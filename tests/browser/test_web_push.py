@@ -6,9 +6,8 @@ is one of the Web Push stub, which decrypts what our server sends, and a click i
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +18,7 @@ from playwright.async_api import BrowserContext, CDPSession, Page, Worker
 
 from tests.browser.conftest import ELSEWHERE, Stage, until
 from tests.browser.test_demo import write
-from tests.checks.house import PATIENCE_S, wait_until
+from tests.checks.house import wait_until
 from tidings.server.push.base import Notification, encode_notification
 from tidings.testing.push_stubs import WebPushStub
 
@@ -106,7 +105,7 @@ class Phone:
                     found.append(one)
             return bool(found)
 
-        await eventually(look, "the worker runs")
+        await wait_until(look, "the worker runs")
         return found[0]
 
     async def deliver(self, payload: Any, who: str = "amira") -> None:
@@ -120,7 +119,7 @@ class Phone:
         async def over() -> bool:
             return bool(await worker.evaluate("() => done") > before)
 
-        await eventually(over, "the worker is done with the push")
+        await wait_until(over, "the worker is done with the push")
 
     async def shown(self, count: int) -> list[dict[str, Any]]:
         """The notifications that stand, once there are so many."""
@@ -131,7 +130,7 @@ class Phone:
             found[:] = await worker.evaluate(SHOWN)
             return len(found) == count
 
-        await eventually(look, f"{count} notifications are shown, not {found}")
+        await wait_until(look, f"{count} notifications are shown, not {found}")
         return sorted(found, key=lambda one: str(one["tag"]))
 
     def scope(self, who: str) -> str:
@@ -151,16 +150,6 @@ class Phone:
             made = (await http.post("/demo/session", json={"user": who})).json()
             bearer = {"authorization": f"Bearer {made['token']}"}
             (await http.delete(f"/v1/users/{who}/devices/{device}/push", headers=bearer)).raise_for_status()
-
-
-async def eventually(condition: Callable[[], Awaitable[bool]], what: str) -> None:
-    """`wait_until`, for what has to be asked for."""
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            while not await condition():
-                await asyncio.sleep(0.02)  # why: the pace of a loop that looks at a condition
-    except TimeoutError:
-        raise AssertionError(f"within {PATIENCE_S} s it did not come about that {what}") from None
 
 
 @pytest_asyncio.fixture

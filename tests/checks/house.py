@@ -10,6 +10,7 @@ async with open_house(tmp_path) as house:
 from __future__ import annotations
 
 import asyncio
+import inspect
 import re
 import sqlite3
 import time
@@ -47,9 +48,10 @@ _FIRST_APP = re.compile(
 
 
 async def wait_until(condition: Callable[[], object], what: str, timeout_s: float = PATIENCE_S) -> None:
-    """Look again and again until `condition()` is true. Raises `AssertionError` saying what did not come about."""
+    """Look again and again until `condition()`, which may have to be awaited, is true. Raises `AssertionError` saying
+    what did not come about."""
     deadline = time.monotonic() + timeout_s
-    while not condition():
+    while not (await found if inspect.isawaitable(found := condition()) else found):
         assert time.monotonic() < deadline, f"within {timeout_s} s it did not come about that {what}"
         await asyncio.sleep(0.01)  # why: the pace of a loop that looks at a condition
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import uvloop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.checks.house import wait_until
 from tests.media.conftest import needs_ffmpeg
 from tests.media.making import SIZES, Look, corners, encoded, held, png
 from tidings.server.media.facts import PROBLEMS, Looked, MediaLimits, Preview
@@ -61,15 +62,9 @@ def lives(process: int) -> bool:
         return False
 
 
-async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to be"
-        await asyncio.sleep(0.01)  # why: the system tells nobody when a process that is not a child ends
-
-
 @pytest.fixture(autouse=True)
-def nothing_stays_behind() -> Any:
+def nothing_stays_behind() -> Iterator[None]:
+    # Not async: some of the tests bring a loop of their own.
     before = children()
     yield
     # What was killed is gone when the kernel gets to it.
@@ -213,14 +208,14 @@ async def test_no_more_children_at_a_time_than_the_limit() -> None:
     before = children()
     look = hostile("wait", children=2, seconds=30)
     tasks = [asyncio.ensure_future(look(PNG)) for _ in range(5)]
-    await until(lambda: len(children() - before) == 2)
+    await wait_until(lambda: len(children() - before) == 2, "two are at work")
     for _ in range(5):
         await asyncio.sleep(0)
     assert len(children() - before) == 2
     # One that ends makes room for the next.
     tasks[0].cancel()
     await asyncio.wait(tasks[:1])
-    await until(lambda: len(children() - before) == 2)
+    await wait_until(lambda: len(children() - before) == 2, "two are at work")
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
@@ -251,7 +246,7 @@ def cancelled_at_any_time(seed: int) -> None:
                 await asyncio.sleep(0)
                 task.cancel()
             await asyncio.wait([task])
-        await until(lambda: children() <= before)
+        await wait_until(lambda: children() <= before, "all are gone")
         # And it still works.
         assert (await Look(media)(PNG)).problem is None
 
@@ -268,12 +263,12 @@ def test_cancelled_at_any_time_nothing_stays_behind(seed: int) -> None:
 async def test_cancelling_ends_what_the_child_has_started(tmp_path: Path) -> None:
     told = tmp_path / "numbers"
     task = asyncio.ensure_future(hostile("with a loose grandchild", str(told))(PNG))
-    await until(told.exists)
+    await wait_until(told.exists, "it has begun")
     numbers = [int(word) for word in told.read_text().split()]
     assert all(lives(number) for number in numbers)
     task.cancel()
     await asyncio.wait([task])
-    await until(lambda: not any(lives(number) for number in numbers))
+    await wait_until(lambda: not any(lives(number) for number in numbers), "none is left")
 
 
 async def test_a_server_that_is_killed_leaves_no_orphans(tmp_path: Path) -> None:
@@ -289,11 +284,11 @@ asyncio.run(media.look(fd, 0, Kind("image/png", "image", True), []))
 """
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     process = subprocess.Popen([sys.executable, "-c", server], env=environment)
-    await until(told.exists)
+    await wait_until(told.exists, "it has begun")
     numbers = [int(word) for word in told.read_text().split()]
     process.send_signal(signal.SIGKILL)
     process.wait()
-    await until(lambda: not any(lives(number) for number in numbers))
+    await wait_until(lambda: not any(lives(number) for number in numbers), "none is left")
 
 
 # --- any bytes ------------------------------------------------------------------------------------

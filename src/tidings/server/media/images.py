@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Sequence
 from typing import BinaryIO, Final
 
+import msgspec
 from PIL import (
     AvifImagePlugin,
     GifImagePlugin,
@@ -118,14 +119,7 @@ def previews_of(image: Image.Image, known: Looked, limits: MediaLimits, wanted: 
             break
     else:
         raise Trouble("unsupported", known)
-    return Looked(
-        width=known.width,
-        height=known.height,
-        duration_ms=known.duration_ms,
-        pages=known.pages,
-        thumbhash=hashed,
-        previews=tuple(previews),
-    )
+    return msgspec.structs.replace(known, thumbhash=hashed, previews=tuple(previews))
 
 
 def _orientation(image: Image.Image) -> int:

@@ -82,6 +82,8 @@ def recognise(head: bytes, tail: bytes = b"", size: int | None = None) -> Kind:
 # After the start of a JPEG: an application's segment, a comment, tables or a frame.
 _JPEG_FIRST: Final = frozenset({*range(0xE0, 0xF0), 0xFE, 0xDB, 0xC4, 0xC0, 0xC1, 0xC2, 0xDD})
 
+_BMP_HEADERS: Final = frozenset({12, 40, 52, 56, 64, 108, 124})
+
 
 def _picture(head: bytes, tail: bytes, size: int | None) -> Kind | None:
     if head[:3] == b"\xff\xd8\xff":
@@ -97,18 +99,9 @@ def _picture(head: bytes, tail: bytes, size: int | None) -> Kind | None:
     elif head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         if head[12:16] in {b"VP8 ", b"VP8L", b"VP8X"}:
             return _kind("image/webp", "image")
-    elif head[:2] == b"BM":
-        # The header's size is one of seven, and its two reserved words are nothing.
-        if head[6:10] == b"\0\0\0\0" and _little(head, 14, 4) in {12, 40, 52, 56, 64, 108, 124}:
-            return _kind("image/bmp", "image")
-    elif head[:4] in {b"II*\0", b"MM\0*"}:
-        return _kind("image/tiff", "image")
-    elif head[:12] == b"\0\0\0\x0cJXL \r\n\x87\n":
-        return _kind("image/jxl", "image")
-    elif head[:12] == b"\0\0\0\x0cjP  \r\n\x87\n":
-        return _kind("image/jp2", "image")
-    elif head[:4] == b"8BPS":
-        return _kind("image/vnd.adobe.photoshop", "image")
+    # The header's size is one of seven, and its two reserved words are nothing.
+    elif head[:2] == b"BM" and head[6:10] == b"\0\0\0\0" and _little(head, 14, 4) in _BMP_HEADERS:
+        return _kind("image/bmp", "image")
     return None
 
 
@@ -193,12 +186,8 @@ def _sound(head: bytes, tail: bytes, size: int | None) -> Kind | None:
         return _kind("audio/wav", "audio")
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
         return _kind("video/x-msvideo", "video")
-    if head[:8] == b"fLaC\0\0\0\x22" or head[:8] == b"fLaC\x80\0\0\x22":
-        return _kind("audio/flac", "audio")
     if head[:4] == b"FORM" and head[8:12] in {b"AIFF", b"AIFC"}:
         return _kind("audio/aiff", "audio")
-    if head[:6] == b"#!AMR\n":
-        return _kind("audio/amr", "audio")
     if head[:3] == b"ID3" and len(head) > 10 and head[3] in {2, 3, 4} and all(byte < 0x80 for byte in head[6:10]):
         return _kind("audio/mpeg", "audio")
     for frame, name in ((_mp3_frame, "audio/mpeg"), (_adts_frame, "audio/aac")):
@@ -250,16 +239,10 @@ _SAYS_ITSELF: Final = re.compile(
 )
 
 
-def _document(head: bytes, tail: bytes, size: int | None) -> Kind | None:
+def _pdf(head: bytes, tail: bytes, size: int | None) -> Kind | None:
     # Readers look for it within the first kilobyte; a strict one at the first byte.
     if re.match(rb"%PDF-[12]\.\d", head):
         return _kind("application/pdf", "document")
-    if head[:8] == b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1":
-        return _kind("application/x-ole-storage", "document")
-    if head[:6] == b"{\\rtf1":
-        return _kind("application/rtf", "document")
-    if head[:4] == b"%!PS":
-        return _kind("application/postscript", "document")
     return None
 
 
@@ -277,20 +260,35 @@ def _archive(head: bytes, tail: bytes, size: int | None) -> Kind | None:
         return _kind("application/zip", "archive")
     if head[257:262] == b"ustar":
         return _kind("application/x-tar", "archive")
-    for signature, name in _ARCHIVES.items():
-        if head.startswith(signature):
-            return _kind(name, "archive")
     return None
 
 
-_ARCHIVES: Final = {
-    b"\x1f\x8b\x08": "application/gzip",
-    b"BZh": "application/x-bzip2",
-    b"\xfd7zXZ\0": "application/x-xz",
-    b"\x28\xb5\x2f\xfd": "application/zstd",
-    b"7z\xbc\xaf\x27\x1c": "application/x-7z-compressed",
-    b"Rar!\x1a\x07": "application/vnd.rar",
+# --- what a signature is enough for ----------------------------------------------------------------
+
+_SIGNATURES: Final[dict[bytes, Kind]] = {
+    b"II*\0": _kind("image/tiff", "image"),
+    b"MM\0*": _kind("image/tiff", "image"),
+    b"\0\0\0\x0cJXL \r\n\x87\n": _kind("image/jxl", "image"),
+    b"\0\0\0\x0cjP  \r\n\x87\n": _kind("image/jp2", "image"),
+    b"8BPS": _kind("image/vnd.adobe.photoshop", "image"),
+    b"fLaC\0\0\0\x22": _kind("audio/flac", "audio"),
+    b"fLaC\x80\0\0\x22": _kind("audio/flac", "audio"),
+    b"#!AMR\n": _kind("audio/amr", "audio"),
+    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": _kind("application/x-ole-storage", "document"),
+    b"{\\rtf1": _kind("application/rtf", "document"),
+    b"%!PS": _kind("application/postscript", "document"),
+    b"\x1f\x8b\x08": _kind("application/gzip", "archive"),
+    b"BZh": _kind("application/x-bzip2", "archive"),
+    b"\xfd7zXZ\0": _kind("application/x-xz", "archive"),
+    b"\x28\xb5\x2f\xfd": _kind("application/zstd", "archive"),
+    b"7z\xbc\xaf\x27\x1c": _kind("application/x-7z-compressed", "archive"),
+    b"Rar!\x1a\x07": _kind("application/vnd.rar", "archive"),
 }
+
+
+def _signature(head: bytes, tail: bytes, size: int | None) -> Kind | None:
+    return next((kind for signature, kind in _SIGNATURES.items() if head.startswith(signature)), None)
+
 
 # --- text -----------------------------------------------------------------------------------------
 
@@ -351,4 +349,4 @@ def _little(data: bytes, at: int, length: int) -> int:
 
 _Look = Callable[[bytes, bytes, int | None], Kind | None]
 # Signatures are of different beginnings, so that the order matters little; text comes last, as it has none.
-_LOOKS: Final[tuple[_Look, ...]] = (_picture, _iso_media, _matroska, _sound, _document, _archive, _text)
+_LOOKS: Final[tuple[_Look, ...]] = (*(_picture, _iso_media, _matroska, _sound, _pdf, _archive, _signature, _text),)
