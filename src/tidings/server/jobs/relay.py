@@ -22,9 +22,6 @@ from tidings.server.telemetry import Metrics
 ROWS_MAX: Final = 2_000
 # How long events collect, seconds: a webhook need not be faster, and a busy server does the work once for many.
 GATHER_SECONDS: Final = 0.05
-# The same while many are written: a transaction less beside the senders' is worth a fifth of a second.
-GATHER_BUSY_SECONDS: Final = 0.25
-BUSY_ROWS: Final = 100
 # How often the outbox is looked at without being told: what a node that died has left, and what commands do.
 POLL_SECONDS: Final = 1.0
 # The row of `meta` that is locked by the node whose turn it is.
@@ -77,9 +74,8 @@ class Relay:
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            count = 0
             try:
-                while (count := await self.turn()) == ROWS_MAX:
+                while await self.turn() == ROWS_MAX:
                     await asyncio.sleep(0)
             except StoreUnavailable:
                 await asyncio.sleep(POLL_SECONDS)  # why: nobody tells when a store comes back
@@ -88,7 +84,7 @@ class Relay:
                     await self._grown.wait()
             except TimeoutError:
                 continue
-            await asyncio.sleep(GATHER_SECONDS if count < BUSY_ROWS else GATHER_BUSY_SECONDS)
+            await asyncio.sleep(GATHER_SECONDS)
 
     async def turn(self) -> int:
         """Hand on what is there, at most `ROWS_MAX` events; how many. Raises StoreUnavailable."""
