@@ -56,6 +56,7 @@ SCENARIOS = (
     Scenario("healing", "a lost last event among 80,000 streams of a node", "doubts", "run_healing"),
     Scenario("browser", "the JavaScript SDK in Chromium: 1,000 messages/s, and 10,000 that were missed", "browser"),
     Scenario("webpush", "Web Push to a sink: encrypted and sent", "webpush"),
+    Scenario("media", "looking into a picture: a child of its own, three previews", "media"),
     Scenario("start", "from the command to an answer", "start"),
 )
 

@@ -2430,10 +2430,23 @@ MUTANTS: list[Mutant] = [
         check="D3",
         why="a node that starts while another one migrates takes the new schema for a stranger's",
         file="src/tidings/server/store/migrations/postgres.py",
-        old="""    if tables:
-        raise SchemaUnknown""",
-        new="""    if await connection.fetchval("SELECT to_regclass('meta')") is not None or tables:
-        raise SchemaUnknown""",
+        old="""    # Counted first: what another node commits from here on is then seen with its revision.
+    tables = await connection.fetchval(
+        "SELECT count(*) FROM pg_tables WHERE schemaname=current_schema() AND tablename IN ('meta','streams')"
+    )
+    if await connection.fetchval("SELECT to_regclass('meta')") is not None:
+        rows = await connection.fetch("SELECT name, value FROM meta WHERE name IN ($1,$2)", REVISION, COMPATIBLE)
+        if rows:
+            return {row["name"]: row["value"] for row in rows}
+""",
+        new="""    if await connection.fetchval("SELECT to_regclass('meta')") is not None:
+        rows = await connection.fetch("SELECT name, value FROM meta WHERE name IN ($1,$2)", REVISION, COMPATIBLE)
+        if rows:
+            return {row["name"]: row["value"] for row in rows}
+    tables = await connection.fetchval(
+        "SELECT count(*) FROM pg_tables WHERE schemaname=current_schema() AND tablename IN ('meta','streams')"
+    )
+""",
         tests=["tests/store/test_postgres_migrations.py", "-k", "in_between"],
     ),
 ]
